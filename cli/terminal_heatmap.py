@@ -7,7 +7,7 @@ NO_COLOR, 16 colours) characters of increasing density are used.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.cells import cell_len
@@ -78,20 +78,20 @@ class ColourScale:
 def render_heat_maps(
     maps: Sequence[HeatMap],
     tokens: Sequence[str],
-    subject: range,
+    corrupted: Collection[int],
     low: float,
     high: float,
     width: int,
     coloured: bool,
 ) -> Text:
-    """Render maps in `width` columns, side by side if they fit. Tokens of the subject have a star."""
-    labels = _token_labels(tokens, subject)
+    """Render maps in `width` columns, side by side if they fit. Corrupted tokens have a star."""
+    labels = _token_labels(tokens, corrupted)
     margin = max(map(cell_len, [*labels, "layer"])) + 1
     layers = len(maps[0].scores[0])
     layout, scale = fit_layout(maps, layers, width - margin), ColourScale(low, high, coloured)
     text = Text()
     for group in [maps] if layout.side_by_side else [[one] for one in maps]:
-        for line in _map_lines(group, labels, subject, margin, layout, scale):
+        for line in _map_lines(group, labels, corrupted, margin, layout, scale):
             text.append_text(line).append("\n")
     text.append(" " * margin + f"{low:.3f} ")
     for one in maps:
@@ -126,10 +126,10 @@ def axis_labels(layers: int, layout: MapLayout) -> str:
     return line
 
 
-def _token_labels(tokens: Sequence[str], subject: range) -> list[str]:
-    """Return the row labels: truncated tokens, with a star for those of the subject."""
+def _token_labels(tokens: Sequence[str], corrupted: Collection[int]) -> list[str]:
+    """Return the row labels: truncated tokens, with a star for the corrupted ones."""
     return [
-        truncate(format_cell(token).strip() or "␣", MAX_TOKEN_WIDTH) + ("*" if i in subject else "")
+        truncate(format_cell(token).strip() or "␣", MAX_TOKEN_WIDTH) + ("*" if i in corrupted else "")
         for i, token in enumerate(tokens)
     ]
 
@@ -137,7 +137,7 @@ def _token_labels(tokens: Sequence[str], subject: range) -> list[str]:
 def _map_lines(
     maps: Sequence[HeatMap],
     labels: Sequence[str],
-    subject: range,
+    corrupted: Collection[int],
     margin: int,
     layout: MapLayout,
     scale: ColourScale,
@@ -149,7 +149,7 @@ def _map_lines(
     yield _join_columns([""] + [one.title for one in maps], [margin, *width])
     for i, name in enumerate(labels):
         line = Text(" " * (margin - 1 - cell_len(name)))
-        line.append(name, "bold" if i in subject else "").append(" ")
+        line.append(name, "bold" if i in corrupted else "").append(" ")
         for one, w in zip(maps, [*width[:-1], cells], strict=True):
             for m in range(0, layers, layout.layers_per_cell):
                 best = (

@@ -35,6 +35,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--window", type=positive_int, metavar="N", help="number of layers restored at once for mlp and attn"
     )
     parser.add_argument(
+        "--mentions",
+        choices=("all", "last"),
+        help="mentions of the subject to corrupt: all (default), or the last one only",
+    )
+    parser.add_argument(
         "--severed", action="store_true", help="also trace with the MLP and attention paths severed"
     )
     add_version_flag(parser)
@@ -45,7 +50,7 @@ def submit_trace(args: argparse.Namespace, client: Client) -> int:
     """Trace a statement, draw it, and save its picture."""
     save = image_path(args)
     fields: dict[str, Any] = {
-        name: getattr(args, name) or None for name in ("target", "samples", "window", "severed")
+        name: getattr(args, name) or None for name in ("target", "samples", "window", "severed", "mentions")
     }
     if args.kinds:
         fields["kinds"] = args.kinds.split(",")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from cli.job_output import JobJson, report_job_failure
@@ -51,6 +51,8 @@ def draw_trace(trace: JobJson) -> None:
     result = trace["result"]
     tokens, low, kinds = result["tokens"], result["low"], result["kinds"]
     subject, answer = range(*result["subject"]["tokens"]), format_cell(result["answer"]["text"]).strip()
+    mentions = result["subject"].get("mentions", [result["subject"]["tokens"]])
+    corrupted = [token for mention in mentions for token in range(*mention)]
     high = max(max(map(max, kind["scores"])) for kind in kinds.values())
     coloured = out.color_system in COLOUR_SYSTEMS and not out.no_color
     out.print(strip_control_chars(f"{result['prompt']} → {answer}"))
@@ -66,13 +68,13 @@ def draw_trace(trace: JobJson) -> None:
         )
         for kind, scores in kinds.items()
     ]
-    out.print(render_heat_maps(maps, tokens, subject, low, high, out.width, coloured))
+    out.print(render_heat_maps(maps, tokens, corrupted, low, high, out.width, coloured))
     for heat_map in maps:
         in_subject = strongest_cell(heat_map.scores, subject)
-        descriptions = [describe_cell(tokens, subject, heat_map.scores, heat_map.best or in_subject)]
+        descriptions = [describe_cell(tokens, corrupted, heat_map.scores, heat_map.best or in_subject)]
         if heat_map.best != in_subject:
             descriptions.append(
-                f"in the subject {describe_cell(tokens, subject, heat_map.scores, in_subject)}"
+                f"in the subject {describe_cell(tokens, corrupted, heat_map.scores, in_subject)}"
             )
         out.print(f"strongest {heat_map.title:<9}  {'; '.join(descriptions)}")
     if severed := result.get("severed"):
@@ -92,8 +94,10 @@ def strongest_cell(scores: Scores, tokens: range) -> tuple[int, int]:
     return max(((t, m) for t in tokens for m in range(len(scores[t]))), key=lambda at: scores[at[0]][at[1]])
 
 
-def describe_cell(tokens: Sequence[str], subject: range, scores: Scores, position: tuple[int, int]) -> str:
+def describe_cell(
+    tokens: Sequence[str], corrupted: Collection[int], scores: Scores, position: tuple[int, int]
+) -> str:
     """Return the score and the position of a cell as text."""
     token, layer = position
-    star = "*" if token in subject else ""
+    star = "*" if token in corrupted else ""
     return f"{scores[token][layer]:.3f} at {format_cell(tokens[token]).strip()}{star}, layer {layer}"

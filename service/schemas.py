@@ -301,6 +301,9 @@ class EvaluationRequest(EvaluationPlan):
 
 TraceKind = Literal["hidden", "mlp", "attn"]
 
+#: the mentions of the subject that a trace corrupts: every one, or the one at the placeholder or the last one
+Mentions = Literal["all", "last"]
+
 
 class TraceRequest(RequestModel):
     """A causal trace of one statement (Meng et al. 2022, section 2.1)."""
@@ -316,6 +319,10 @@ class TraceRequest(RequestModel):
     noise: float | Annotated[str, Field(max_length=32)] = Field(
         "3sigma",
         description='standard deviation of the noise: a number, or a multiple of that of the embeddings such as "3sigma"',
+    )
+    mentions: Mentions = Field(
+        "all",
+        description="which mentions of the subject are corrupted: all, or only the one in place of {} (without a placeholder the last one)",
     )
     severed: bool = Field(False, description="also trace with MLP and attention paths severed")
     version: Version = "head"

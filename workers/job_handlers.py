@@ -82,6 +82,7 @@ def run_trace(replica: VersionedModel, job_store: JobStore, job: ClaimedJob) -> 
         severed=request.severed,
         seed=request.seed,
         compat=request.compat,
+        mentions=request.mentions,
     )
     weights = yield from replica.weights_in_steps(version)
     result = yield from replica.step_with_weights(weights, steps)

@@ -39,9 +39,9 @@ export function heatmap(trace, kind, width) {
 }
 
 function layout(trace, kind, width) {
-  const [first, last] = trace.subject.tokens;
+  const corrupted = mentions(trace);
   const { scores } = trace.kinds[kind];
-  const labels = trace.tokens.map((text, t) => token(text) + (first <= t && t < last ? "*" : ""));
+  const labels = trace.tokens.map((text, t) => token(text) + (within(corrupted, t) ? "*" : ""));
   const left = Math.min(14 + LETTER * Math.max(...labels.map((text) => text.length)), 0.38 * width);
   const layers = scores[0].length;
   const whole = Math.max(trace.high - trace.low, 1e-9);
@@ -50,8 +50,7 @@ function layout(trace, kind, width) {
     labels,
     left,
     layers,
-    first,
-    last,
+    corrupted,
     cell: Math.min((width - left - 8) / layers, WIDEST),
     height: scores.length * ROW,
     share: (score) => Math.max(0, Math.min(1, (score - trace.low) / whole)),
@@ -72,8 +71,8 @@ function cell(sheet, score, t, layer) {
   });
 }
 
-function label({ labels, left, first, last }, t) {
-  const subject = first <= t && t < last;
+function label({ labels, left, corrupted }, t) {
+  const subject = within(corrupted, t);
   const given = {
     role: "rowheader",
     x: left - 8,
@@ -85,16 +84,27 @@ function label({ labels, left, first, last }, t) {
   return s("text", given, text.length > most ? `${text.slice(0, Math.max(3, most - 1))}…` : text);
 }
 
-/** A mark beside the tokens of the subject. */
-function band({ first, last }) {
-  return s("rect", {
-    class: "subject-band",
-    x: 0,
-    y: first * ROW + 1,
-    width: 3,
-    height: (last - first) * ROW - 2,
-    rx: 1.5,
-  });
+/** The token ranges of the corrupted mentions of the subject. */
+const mentions = ({ subject }) => subject.mentions ?? [subject.tokens];
+
+const within = (ranges, t) => ranges.some(([first, last]) => first <= t && t < last);
+
+/** A mark beside the tokens of each corrupted mention of the subject. */
+function band({ corrupted }) {
+  return s(
+    "g",
+    {},
+    corrupted.map(([first, last]) =>
+      s("rect", {
+        class: "subject-band",
+        x: 0,
+        y: first * ROW + 1,
+        width: 3,
+        height: (last - first) * ROW - 2,
+        rx: 1.5,
+      }),
+    ),
+  );
 }
 
 /** The layer axis: as many labels as fit, and its title. */
@@ -111,10 +121,9 @@ function axis({ left, layers, cell, height }, name) {
 
 function words(trace, kind, t, layer) {
   const score = trace.kinds[kind].scores[t][layer];
-  const [first, last] = trace.subject.tokens;
   const effect = trace.total_effect > 0 ? (score - trace.low) / trace.total_effect : null;
   return [
-    ["token", token(trace.tokens[t]) + (first <= t && t < last ? " (of the subject)" : "")],
+    ["token", token(trace.tokens[t]) + (within(mentions(trace), t) ? " (of the subject)" : "")],
     ["layer", String(layer)],
     [`p(${token(trace.answer.text)})`, percent(score)],
     ["of the effect", percent(effect === null ? null : Math.max(0, effect))],

@@ -297,6 +297,7 @@ function maps(trace, signal) {
       h("b", {}, answer),
       ` with probability ${percent(result.high)}. With noise on `,
       h("b", {}, result.subject.text),
+      result.subject.mentions?.length > 1 ? ` at its ${result.subject.mentions.length} mentions` : "",
       ` the probability is ${percent(result.low)}. Each cell shows the probability with one state restored.`,
     ),
     h("section", { class: "map" }, chosen.element, h("div", { class: "map-body" }, stage, side)),

@@ -9,11 +9,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import regex
+
 from service.errors import InvalidInput
 
 PLACEHOLDER = "{}"
 _UNUSABLE_CHARACTER = re.compile("[\x00\ud800-\udfff]")  # NUL and lone surrogates
 Span = tuple[int, int]
+#: scripts in which other words follow a word without a space
+JOINED_SCRIPTS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+_SPACED_CHARACTER = rf"[[\p{{L}}\p{{M}}\p{{N}}]--[{JOINED_SCRIPTS}]]"  # a part of a word that spaces delimit
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,23 @@ def locate_subject(text: str, subject: str, field: str = "subject") -> Statement
             field,
         )
     return Statement(text, (start, start + len(subject)))
+
+
+def find_mentions(statement: Statement) -> list[Span]:
+    """Return the spans of all mentions of a statement's subject, in their order.
+
+    A mention has the subject's spelling, up to the amount of white space, and is no part of a longer word. The span of
+    the statement is one of them in any case, and none of the others overlaps it.
+    """
+    begin, end = statement.span
+    words = statement.text[begin:end].split()
+    pattern = (
+        rf"(?V1)(?<!{_SPACED_CHARACTER}(?={_SPACED_CHARACTER}))"
+        + r"\s+".join(map(regex.escape, words))
+        + rf"(?!(?<={_SPACED_CHARACTER}){_SPACED_CHARACTER})"
+    )
+    found = [m.span() for m in regex.finditer(pattern, statement.text)]
+    return sorted([statement.span, *(s for s in found if s[1] <= begin or s[0] >= end)])
 
 
 def separator(prompt: str, target: str) -> str:

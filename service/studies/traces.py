@@ -9,6 +9,7 @@ from typing import Any
 from service.kit.artifact_store import ArtifactStore, content_addressed_name, load_or_compute
 from service.kit.steps import Phase, Progress, Stepper, report_as
 from service.models.loading import LoadedModel
+from service.schemas import Mentions
 from service.studies.facts import Fact
 from service.studies.known_facts import find_known_facts
 from service.studies.trace_averages import average_traces
@@ -27,6 +28,7 @@ class TracePlan:
     noise: float | str = "3sigma"  #: sigma is measured over the subjects of all facts
     severed: bool = True
     seed: int = 1
+    mentions: Mentions = "all"
 
 
 def default_window(layers: int) -> int:

@@ -31,6 +31,7 @@ from service.models.budget import block_flops, step_budget
 from service.models.hooks import capture, replace_output
 from service.models.loading import LoadedModel
 from service.models.memory_estimates import require_memory, trace_bytes
+from service.schemas import Mentions
 from service.tracing.interventions import CELL_NAME_BY_PATH, CorruptedRun, TraceCell, list_cells
 from service.tracing.noise import corrupt
 from service.tracing.reference import SEVERABLE_KINDS, TRACE_KINDS, modules_of_kind
@@ -54,13 +55,18 @@ def trace_statement(
     seed: int = 1,
     compat: str | None = None,
     subjects: Sequence[str] = (),
+    mentions: Mentions = "all",
 ) -> Stepper[TraceResult]:
     """Return the trace of a statement: the paper's three maps and, with `severed`, the severed paths.
 
     `target` is the answer whose probability is measured, of any number of tokens; by default the model's next token.
+    `mentions`: whether noise is added to every mention of the subject, or to that of the statement alone. States are
+    restored at every token; severed paths at the last token of the statement's mention.
     `subjects` are the subjects over which "3sigma" is measured (see `noise.embedding_deviation`).
     """
-    trace_input = build_trace_input(model, statement, target, samples, noise, seed, compat, subjects)
+    trace_input = build_trace_input(
+        model, statement, target, samples, noise, seed, compat, subjects, mentions
+    )
     tracer = FastTracer(model, trace_input, list_cells(trace_input, kinds, window, severed, model.num_layers))
     yield Progress(Phase.PREPARE, 1, 1)
     yield from tracer.compute_base_runs()
@@ -164,7 +170,7 @@ class FastTracer:
         self.high, self.low = p[0].item(), p[1:].mean().item()
 
     def _corrupt_rows(self, embedded: Tensor) -> Tensor:
-        corrupt(embedded[1:], self.trace_input.subject, self.trace_input.noise)
+        corrupt(embedded[1:], self.trace_input.corrupted_tokens, self.trace_input.noise)
         return embedded
 
     def score_cells(self) -> Stepper[dict[CellKey, float]]:

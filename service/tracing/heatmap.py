@@ -78,10 +78,10 @@ def _draw_figure(trace: TraceJson) -> FigureBuilder:
     bars = 2.5 if trace["severed"] else 0.0
     figure = FigureBuilder(width, top + map_height + bottom + bars)
     _draw_header(figure, trace)
+    corrupted = _corrupted_tokens(trace)
     label_step = math.ceil(rows * 0.15 / map_height)
     for token in range(0, rows, label_step):
-        b, e = trace["subject"]["tokens"]
-        weight = "bold" if b <= token < e else "normal"
+        weight = "bold" if token in corrupted else "normal"
         y = top + map_height * (token + 0.5) / rows
         figure.add_text(margin - 0.09, y, labels[token], ha="right", va="center", fontsize=8.5, weight=weight)
     high = max(max(map(max, kind["scores"])) for kind in kinds.values())
@@ -220,10 +220,16 @@ def _trace_settings_line(trace: TraceJson) -> str:
     )
 
 
+def _corrupted_tokens(trace: TraceJson) -> set[int]:
+    """Return the corrupted tokens: those of every corrupted mention of the subject."""
+    subject = trace["subject"]
+    return {token for span in subject.get("mentions", [subject["tokens"]]) for token in range(*span)}
+
+
 def _token_labels(trace: TraceJson) -> list[str]:
-    b, e = trace["subject"]["tokens"]
+    corrupted = _corrupted_tokens(trace)
     labels = [shorten(show_control_characters(token), MAX_TOKEN_CHARS) for token in trace["tokens"]]
-    return [label + "*" if b <= i < e else label for i, label in enumerate(labels)]
+    return [label + "*" if i in corrupted else label for i, label in enumerate(labels)]
 
 
 def _summary_sentences(trace: TraceJson) -> list[str]:

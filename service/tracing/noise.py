@@ -1,6 +1,6 @@
 """The noise that corrupts a subject's embeddings (Meng et al. 2022, section 2.1).
 
-Noise is paired: one tensor z of shape (R, e - b, d) is drawn before the first pass, and every pass of a trace uses it,
+Noise is paired: one tensor z of shape (R, corrupted tokens, d) is drawn before the first pass, and every pass of a trace uses it,
 so two cells differ only by what was restored. It is drawn in C order with the sample as the slowest index, so the first
 samples do not depend on the number of samples.
 """
@@ -77,7 +77,7 @@ def _token_id_chunks(model: LoadedModel, subjects: Sequence[str]) -> Iterator[Te
 
 
 def draw_noise(samples: int, tokens: int, width: int, seed: int, compat: str | None = None) -> Tensor:
-    """Return standard normal z (R, e - b, d) in fp64.
+    """Return standard normal z (R, tokens, d) in fp64.
 
     `compat="meng2022"` uses the authors' generator, numpy's legacy RandomState; their runs use seed 1.
     """
@@ -87,11 +87,11 @@ def draw_noise(samples: int, tokens: int, width: int, seed: int, compat: str | N
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
 
 
-def corrupt(embedded: Tensor, subject: tuple[int, int], noise: Tensor) -> Tensor:
-    """Add noise (R, e - b, d) to the subject's embeddings in `embedded` (R, T, d), in place, and return it.
+def corrupt(embedded: Tensor, positions: Sequence[int], noise: Tensor) -> Tensor:
+    """Add noise (R, n, d) to the embeddings of n positions in `embedded` (R, T, d), in place, and return it.
 
     The sum is computed in fp64 and rounded once to the model's dtype, as in the authors' code.
     """
-    positions = slice(*subject)
-    embedded[:, positions] = (embedded[:, positions].double() + noise).to(embedded.dtype)
+    at = list(positions)
+    embedded[:, at] = (embedded[:, at].double() + noise).to(embedded.dtype)
     return embedded

@@ -16,6 +16,7 @@ from service.kit.steps import Phase, Progress, Stepper
 from service.kit.text import Statement
 from service.models.hooks import capture, replace_output
 from service.models.loading import LoadedModel
+from service.schemas import Mentions
 from service.tracing.noise import corrupt
 from service.tracing.result import TraceResult, build_trace_result
 from service.tracing.trace_input import TraceInput, build_trace_input
@@ -49,9 +50,12 @@ def trace_reference(
     seed: int = 1,
     compat: str | None = None,
     subjects: Sequence[str] = (),
+    mentions: Mentions = "all",
 ) -> Stepper[TraceResult]:
     """Return the trace of a statement, computed with one full pass for every cell."""
-    trace_input = build_trace_input(model, statement, target, samples, noise, seed, compat, subjects)
+    trace_input = build_trace_input(
+        model, statement, target, samples, noise, seed, compat, subjects, mentions
+    )
     high, low = _high_and_low(model, trace_input)
     done, total = (
         0,
@@ -84,7 +88,7 @@ def _answer_probabilities(model: LoadedModel, trace_input: TraceInput) -> Tensor
     """Return p(answer) (1 + R,) of one full pass with the installed hooks: row 0 clean, the others corrupted."""
 
     def disturb(embedded: Tensor) -> Tensor:
-        corrupt(embedded[1:], trace_input.subject, trace_input.noise)
+        corrupt(embedded[1:], trace_input.corrupted_tokens, trace_input.noise)
         return embedded
 
     ids = torch.tensor([trace_input.ids], device=model.device).expand(1 + trace_input.samples, -1)

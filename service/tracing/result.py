@@ -21,7 +21,8 @@ class TraceResult:
 
     prompt: str
     tokens: tuple[str, ...]
-    subject: Span  #: token range [b, e) whose embeddings were corrupted
+    subject: Span  #: token range [b, e) of the mention at which paths were severed
+    mentions: tuple[Span, ...]  #: token ranges of the mentions whose embeddings were corrupted
     answer: str
     answer_tokens: tuple[str, ...]
     answer_ids: tuple[int, ...]
@@ -48,7 +49,11 @@ class TraceResult:
         return {
             "prompt": self.prompt,
             "tokens": list(self.tokens),
-            "subject": {"text": "".join(self.tokens[b:e]).strip(), "tokens": [b, e]},
+            "subject": {
+                "text": "".join(self.tokens[b:e]).strip(),
+                "tokens": [b, e],
+                "mentions": [list(span) for span in self.mentions],
+            },
             "answer": {
                 "text": self.answer.strip() or self.answer,
                 "tokens": list(self.answer_tokens),
@@ -100,6 +105,7 @@ def build_trace_result(
         prompt=trace_input.text,
         tokens=trace_input.tokens,
         subject=trace_input.subject,
+        mentions=trace_input.mentions,
         answer=trace_input.answer,
         answer_tokens=trace_input.answer_tokens,
         answer_ids=trace_input.answer_ids,

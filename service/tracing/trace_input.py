@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from service.errors import InvalidInput
-from service.kit.text import Span, Statement, separator, token_span
+from service.kit.text import Span, Statement, find_mentions, separator, token_span
 from service.models.loading import LoadedModel
 from service.models.precision import at_least_fp32
 from service.models.token_batch import forward, pad
+from service.schemas import Mentions
 from service.tracing.noise import NoiseLevel, draw_noise, parse_noise_level
 
 
@@ -24,12 +25,15 @@ class TraceInput:
     text: str
     tokens: tuple[str, ...]  #: labels of the prompt's T tokens
     ids: tuple[int, ...]
-    subject: Span  #: token range [b, e)
+    subject: Span  #: token range [b, e) of the mention at which states are restored
+    mentions: tuple[
+        Span, ...
+    ]  #: token ranges of the corrupted mentions of the subject, with `subject` among them
     answer: str
     answer_ids: tuple[int, ...]
     answer_tokens: tuple[str, ...]
     noise_level: NoiseLevel
-    noise: Tensor  #: (R, e - b, d) in fp64, scaled, on the model's device
+    noise: Tensor  #: (R, corrupted tokens, d) in fp64, scaled, on the model's device
     seed: int
     compat: str | None
 
@@ -37,6 +41,11 @@ class TraceInput:
     def prompt_length(self) -> int:
         """T: the number of the prompt's tokens."""
         return len(self.tokens)
+
+    @property
+    def corrupted_tokens(self) -> list[int]:
+        """The positions whose embeddings are corrupted, in their order."""
+        return corrupted_positions(self.mentions)
 
     @property
     def samples(self) -> int:
@@ -49,6 +58,11 @@ class TraceInput:
         return logp.sum(1).exp()
 
 
+def corrupted_positions(mentions: Sequence[Span]) -> list[int]:
+    """Return the positions of the tokens of some mentions, in their order. Two mentions can share a token."""
+    return sorted({position for mention in mentions for position in range(*mention)})
+
+
 def build_trace_input(
     model: LoadedModel,
     statement: Statement,
@@ -58,8 +72,12 @@ def build_trace_input(
     seed: int,
     compat: str | None,
     subjects: Sequence[str],
+    mentions: Mentions = "all",
 ) -> TraceInput:
-    """Tokenize prompt and answer together, locate the subject by character offsets, and draw the noise."""
+    """Tokenize prompt and answer together, locate the subject by character offsets, and draw the noise.
+
+    With "all" every mention of the subject in the prompt is corrupted, otherwise that of the statement alone.
+    """
     answer_text = separator(statement.text, target) + target if target else ""
     ids, offsets = model.encode(statement.text + answer_text)
     if len(ids) > model.max_positions:
@@ -79,12 +97,15 @@ def build_trace_input(
         answer = [_greedy_token(model, prompt)]
         answer_text = model.tokenizer.decode(answer)
     noise_level = parse_noise_level(model, noise, subjects)
-    unit_noise = draw_noise(samples, subject[1] - subject[0], model.embedding_size, seed, compat)
+    mention_spans = find_mentions(statement) if mentions == "all" else [statement.span]
+    corrupted = tuple(token_span(offsets[:first], span) for span in mention_spans)
+    unit_noise = draw_noise(samples, len(corrupted_positions(corrupted)), model.embedding_size, seed, compat)
     return TraceInput(
         text=statement.text,
         tokens=tuple(labels[:first]),
         ids=tuple(prompt + answer[:-1]),
         subject=subject,
+        mentions=corrupted,
         answer=answer_text,
         answer_ids=tuple(answer),
         answer_tokens=tuple(labels[first:last] or [answer_text]),

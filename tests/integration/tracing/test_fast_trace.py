@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from service.errors import InvalidInput
 from service.kit.steps import Progress, run_steps, run_to_completion
-from service.kit.text import Statement, locate_subject
+from service.kit.text import Statement, fill_prompt, locate_subject
 from service.models import budget, memory_estimates
 from service.models.loading import LoadedModel, wrap_model
 from service.tracing.fast_trace import FastTracer, trace_statement
@@ -103,6 +103,7 @@ def test_unusual_members_of_the_families(model_type: str, changes: dict[str, Any
         ("Here is Marie Curie", "Marie Curie"),  # the last
         ("Rome", "Rome"),  # both
         ("Rome, not Rome, is in", "Rome"),  # twice
+        ("So Big Ben and Big\tBen: Big Ben", "Big Ben"),  # three times, the last one at the end
         ("In 東京 is", "東京"),  # characters of several tokens
     ],
 )
@@ -112,6 +113,18 @@ def test_subjects_anywhere(text: str, subject: str, bos: bool) -> None:
     assert_matches_reference(
         tiny("llama" if bos else "gpt2", bos=bos), locate_subject(text, subject), severed=True
     )
+
+
+@pytest.mark.parametrize("mentions", ["all", "last"])
+def test_subjects_that_are_repeated(mentions: str) -> None:
+    """In double precision the trace of all mentions, and that of one, equal full passes; more noise changes the low
+    score."""
+    model = tiny(dtype=torch.float64)
+    statement = fill_prompt("Rome, {}, not Rome", "Rome")
+    trace = assert_matches_reference(model, statement, 1e-10, severed=True, mentions=mentions)
+    assert len(trace.mentions) == (3 if mentions == "all" else 1)
+    unmentioned = trace.scores["hidden"][: trace.mentions[0][0]]
+    assert all(score == trace.low for row in unmentioned for score in row)
 
 
 def test_the_reference_noise() -> None:

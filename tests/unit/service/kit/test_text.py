@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from service.kit.text import (
     check_text,
     fact_key,
     fill_prompt,
+    find_mentions,
     locate_subject,
     separator,
     token_span,
@@ -44,6 +47,35 @@ def test_locate_subject_finds_the_last_mention(subject: str, before: str, after:
     statement = locate_subject(before + subject + after, subject)
     assert statement.text[slice(*statement.span)] == subject
     assert statement.span[0] == statement.text.rfind(subject) >= len(before)
+
+
+@settings(max_examples=60, deadline=None)
+@given(WORDS, TEXT, TEXT)
+def test_the_statement_s_own_mention_is_among_the_mentions(subject: str, before: str, after: str) -> None:
+    """For any characters the mentions contain the statement's span, have the subject's words and do not overlap."""
+    statement = locate_subject(before + subject + after, subject)
+    mentions = find_mentions(statement)
+    assert statement.span in mentions
+    assert all(statement.text[a:b].split() == subject.split() for a, b in mentions)
+    assert all(first[1] <= second[0] for first, second in itertools.pairwise(mentions))
+
+
+@pytest.mark.parametrize(
+    ("text", "subject", "count"),
+    [
+        ("Japan? The capital of Japan is", "Japan", 2),
+        ("Japanese, JapanX, 2Japan, japan and Japan's: Japan", "Japan", 2),
+        ("The Eiffel\nTower, the Eiffel  Tower: Eiffel Tower", "Eiffel Tower", 3),
+        ("\u6771\u4eac\u90fd\u306e\u6771\u4eac\u306f", "\u6771\u4eac", 2),
+        ("\uc11c\uc6b8\uc740 \uc11c\uc6b8", "\uc11c\uc6b8", 2),
+        ("C++ and C+++ and C++", "C++", 3),
+        ("{} (a.b) a.b axb", "a.b", 2),
+    ],
+)
+def test_mentions_are_whole_words(text: str, subject: str, count: int) -> None:
+    """A mention has the subject's spelling and is no part of a longer word; in scripts that join words, words may
+    follow it."""
+    assert len(find_mentions(locate_subject(text, subject))) == count
 
 
 @settings(max_examples=60, deadline=None)

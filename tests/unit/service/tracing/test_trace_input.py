@@ -31,10 +31,22 @@ def test_the_subject_is_found_in_the_whole_text(bos: bool) -> None:
         assert trace_input.noise.shape[:2] == (2, e - b)
 
 
-def test_the_last_mention_is_corrupted() -> None:
-    """Of several occurrences of the subject, the last is used."""
+def test_every_mention_is_corrupted() -> None:
+    """Of several mentions of the subject each has noise of its own, and states are restored at the last one."""
     trace_input = make_input(tiny(), locate_subject("Rome, said Rome. Rome is in", "Rome"))
     assert "".join(trace_input.tokens[: trace_input.subject[0]]).strip() == "Rome, said Rome."
+    labels = ["".join(trace_input.tokens[slice(*span)]).strip() for span in trace_input.mentions]
+    assert labels == ["Rome"] * 3
+    assert trace_input.mentions[-1] == trace_input.subject
+    assert trace_input.noise.shape[1] == len(trace_input.corrupted_tokens)
+    assert len(trace_input.noise[0].unique(dim=0)) == len(trace_input.corrupted_tokens)
+
+
+def test_one_mention_is_corrupted_on_request() -> None:
+    """With "last" only the mention of the statement is corrupted, with the noise of a prompt without the others."""
+    one = make_input(tiny(), locate_subject("Rome, said Rome. Rome is in", "Rome"), mentions="last")
+    assert one.mentions == (one.subject,)
+    assert torch.equal(one.noise, make_input(tiny(), locate_subject("All Rome is in", "Rome")).noise)
 
 
 def test_template_selects_the_mention() -> None:
