@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from service.errors import InvalidInput
+from service.kit.separator import Separator
 from service.kit.text import check_text, fill_prompt, locate_subject
 from service.methods.registry import METHODS
 
@@ -172,6 +173,11 @@ class EditRequest(RequestModel):
         description="the object to write; omit it for the objectives erase and amplify",
         examples=["Rome"],
     )
+    separator: Separator | None = Field(
+        None,
+        description="what stands between the prompt and its object: a space or nothing; default: what the base model prefers where the "
+        "characters do not determine it",
+    )
     method: MethodName | None = Field(
         None,
         description='editing method; default: "rome" for one edit, and the method of the recipe for several',
@@ -312,6 +318,9 @@ class TraceRequest(RequestModel):
     subject: Name = Field(examples=["Eiffel Tower"])
     target: Name | None = Field(
         None, description="the answer to trace; default: the most probable next token"
+    )
+    separator: Separator | None = Field(
+        None, description="what stands between the prompt and `target`, as in an edit"
     )
     kinds: list[TraceKind] = Field(default=["hidden", "mlp", "attn"], min_length=1, max_length=3)
     window: int = Field(10, ge=1, le=100, description="number of layers restored at once for mlp and attn")

@@ -83,6 +83,7 @@ def run_trace(replica: VersionedModel, job_store: JobStore, job: ClaimedJob) -> 
         seed=request.seed,
         compat=request.compat,
         mentions=request.mentions,
+        separator=request.separator,
     )
     weights = yield from replica.weights_in_steps(version)
     result = yield from replica.step_with_weights(weights, steps)

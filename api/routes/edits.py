@@ -15,6 +15,7 @@ from api.job_submission import SubmissionDep, job_responses
 from api.protected_route import BINARY_MEDIA_TYPE, requires
 from service.application.api_keys import Scope
 from service.jobs.job_kinds import JOB_KINDS
+from service.kit.separator import Separator
 from service.schemas import EditListRequest, EditRequest, Objective, OnConflict
 
 
@@ -28,6 +29,9 @@ class Edit(JobResource):
         None, description="the new object; null if the objective is erase or amplify"
     )
     target_true: str | None = None
+    separator: Separator | None = Field(
+        None, description="of the request; null: where the characters do not determine it, the model chose"
+    )
     objective: Objective = "write"
     on_conflict: OnConflict = "report"
     method: str

@@ -22,6 +22,7 @@ from service.errors import InvalidInput
 from service.kit import safetensors_io
 from service.kit.large_json import parse_json
 from service.kit.safetensors_io import ReadableFile, SafetensorsFile, TensorInfo
+from service.kit.separator import Separator
 from service.kit.text import fact_key
 from service.ledger.ledger import Entry, canonical_json, iso_utc
 from service.methods.registry import METHODS, SOLVE_RULES
@@ -32,7 +33,7 @@ MAX_EDITS = 1000  #: edits in one file
 MAX_HEADER = 16_000_000  #: bytes of the header of a file, which describes its edits
 #: fields of a ledger entry's body that an export takes; the others come from the request or the importing service
 PROVENANCE_FIELDS = (
-    "method", "objective", "hparams", "strength", "resolved_true", "statistics", "corpus", "dtype", "device", "libraries",
+    "method", "objective", "hparams", "strength", "resolved_true", "resolved_separator", "statistics", "corpus", "dtype", "device", "libraries",
 )  # fmt: skip
 _FILE_LABEL = "the file"
 _CHUNK = 1_000_000  # bytes of a file that are read at once
@@ -53,6 +54,7 @@ class EditProvenance(_FileModel):
     hparams: dict[str, JsonValue] = Field(max_length=MAX_HPARAMS)
     strength: float = Field(gt=0, le=100)
     resolved_true: str = Field(max_length=500)
+    resolved_separator: Separator | None = None  # None in files from before it was recorded
     statistics: Labels
     corpus: str = Field(max_length=1000)
     dtype: str = Field(max_length=32)
@@ -104,7 +106,12 @@ class ImportedEdit:
     def request(self) -> EditRequest:
         """Return the request of the import: the original one with the resolved hyperparameters, and to be committed."""
         provenance = self.edit.provenance
-        changes = {"hparams": provenance.hparams, "method": provenance.method, "dry_run": False}
+        changes = {
+            "hparams": provenance.hparams,
+            "method": provenance.method,
+            "separator": provenance.resolved_separator,
+            "dry_run": False,
+        }
         return self.edit.request.model_copy(update=changes)
 
     @property

@@ -10,6 +10,7 @@ from service.datasets.loading import read_records
 from service.datasets.record import check_record_fits
 from service.db.models import Model
 from service.errors import InvalidInput
+from service.kit.separator import Separator
 from service.kit.text import fill_prompt, token_span
 from service.kit.text_encoder import TextEncoder
 from service.recipes.recipe import Recipe, resolve_hparams
@@ -30,7 +31,7 @@ def validate_edit(request: EditRequest, model: Model, encoder: TextEncoder) -> N
     encoder.check_plain(statement.text, "prompt")
     for name in ("target_new", "target_true"):
         if (target := getattr(request, name)) is not None:
-            _validate_target(encoder, statement.text, target, name)
+            _validate_target(encoder, statement.text, target, name, request.separator)
     token_span(encoder.encode(statement.text)[1], statement.span)
     for number, prompt in enumerate(request.probes.paraphrase):
         with error_path(f"probes.paraphrase.{number}"):
@@ -63,7 +64,7 @@ def validate_trace(request: TraceRequest, encoder: TextEncoder) -> None:
     if request.target is None:
         encoder.check(text)
     else:
-        _validate_target(encoder, text, request.target, "target")
+        _validate_target(encoder, text, request.target, "target", request.separator)
     token_span(encoder.encode(text)[1], span)
     noise = request.noise
     if isinstance(noise, str) and not NOISE_PATTERN.fullmatch(noise):
@@ -109,10 +110,12 @@ def validate_generation(request: WorkerGenerateRequest, encoder: TextEncoder) ->
             )
 
 
-def _validate_target(encoder: TextEncoder, text: str, target: str, field: str) -> None:
+def _validate_target(
+    encoder: TextEncoder, text: str, target: str, field: str, separator: Separator | None = None
+) -> None:
     encoder.check_plain(target, field)
     try:
-        encoder.check(text, target)
+        encoder.check(text, target, separator)
     except InvalidInput as error:
         raise InvalidInput(error.detail, field if error.field == "target" else error.field) from None
 

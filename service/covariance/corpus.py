@@ -16,8 +16,8 @@ import torch
 
 from service.errors import Misconfigured
 from service.kit.files import write_atomically
+from service.kit.separator import separator
 from service.kit.steps import Phase, Progress, Stepper, advance
-from service.kit.text import separator
 from service.models.loading import LoadedModel
 from service.models.sampling import sample_texts
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from service.errors import InvalidInput
-from service.kit.text import fill_prompt, separator
+from service.kit.separator import separator
+from service.kit.text import fill_prompt
 from service.kit.text_encoder import TextEncoder
 from service.schemas import Objective
 

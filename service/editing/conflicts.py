@@ -58,7 +58,11 @@ def find_conflict_candidates(
     }
     if not probes:
         return []
-    pair_probes = [Probe(q.prompt, probe.new, other) for q in probes.values() for other in (q.new, q.true)]
+    pair_probes = [
+        Probe(q.prompt, probe.new, other, separator=q.separator)
+        for q in probes.values()
+        for other in (q.new, q.true)
+    ]
     new_edit_weights = yield from replica.compose_weights_in_steps(updates)
     results = yield from replica.step_with_weights(new_edit_weights, run_probes(replica.base, pair_probes))
     return [

@@ -45,16 +45,20 @@ from service.jobs import artifacts
 from service.jobs.job_store import ClaimedJob, JobStore
 from service.kit import crash_points
 from service.kit.answer import answer_object
+from service.kit.separator import Separator, certain_separator
 from service.kit.steps import JobReporter, Phase, Progress, Stepper, report_to, retry_while_unavailable
 from service.kit.text import fill_prompt
 from service.methods.parameters import RomeParameters
 from service.methods.registry import DEFAULT_METHOD
+from service.models.loading import LoadedModel
 from service.models.memory_estimates import require_memory
+from service.models.separator_choice import choose_separator
 from service.recipes.recipe import resolve_hparams
 from service.schemas import EditRequest
 from service.weights.factors import DenseUpdate, EditUpdate, deserialize_updates, serialize_updates
 
 ANSWER_TOKENS = 16  # of the answer whose beginning is the true object, where a request names none
+NO_OBJECT = "?"  # the true object where the base model gives no answer
 HEAD_MOVED = Progress(Phase.RETRY, 0, 1)
 JOB_ENDED = Progress(Phase.COMMIT, 1, 1)
 
@@ -396,20 +400,37 @@ def resolve_edit(
     target_true = request.target_true
     if target_true is None:
         (answer,) = yield from generate_greedy(model, [prompt], ANSWER_TOKENS)
-        target_true = answer_object(answer.text, answer.complete) or "?"
+        target_true = answer_object(answer.text, answer.complete) or NO_OBJECT
     target_new = request.target_new if objective == "write" and request.target_new else target_true
-    if target_new == "?":
+    if target_new == NO_OBJECT:
         raise InvalidInput("the base model gives no answer: name the true object.", "target_true")
     paraphrases = [
         fill_prompt(p, request.subject).text if "{}" in p else p for p in request.probes.paraphrase
     ]
-    return ResolvedEdit(
-        request,
-        parameters,
+    probes = [
         Probe(prompt, target_new, target_true, objective),
-        [Probe(p, target_new, target_true, objective) for p in paraphrases],
-        [Probe(n.prompt, target_new, n.target, objective) for n in request.probes.neighborhood],
-    )
+        *(Probe(p, target_new, target_true, objective) for p in paraphrases),
+        *(Probe(n.prompt, target_new, n.target, objective) for n in request.probes.neighborhood),
+    ]
+    for number, probe in enumerate(probes):
+        chosen = yield from _choose_separator(model, probe, request.separator, is_rewrite=number == 0)
+        probes[number] = replace(probe, separator=chosen)
+    first_neighbor = 1 + len(paraphrases)
+    return ResolvedEdit(request, parameters, probes[0], probes[1:first_neighbor], probes[first_neighbor:])
+
+
+def _choose_separator(
+    model: LoadedModel, probe: Probe, given: Separator | None, is_rewrite: bool
+) -> Stepper[Separator]:
+    """Return the separator of a probe: that of the request, or the one that the base model prefers.
+
+    That of the request is for the prompt of the edit. Other prompts can end in another way: they have it where their
+    own is not certain.
+    """
+    if not is_rewrite and certain_separator(probe.prompt, probe.new) is not None:
+        given = None
+    objects = [probe.new, *([probe.true] if probe.true != NO_OBJECT else [])]
+    return (yield from choose_separator(model, probe.prompt, objects, given))
 
 
 def build_admitted_spec(
@@ -429,6 +450,7 @@ def build_admitted_spec(
         edit,
         resolved_edit.method,
         request.objective,
+        separator=resolved_edit.rewrite_probe.separator,
     )
     require_memory(
         "this edit", spec.peak_bytes(model), model.device, "use a shorter prompt or fewer contexts", "prompt"

@@ -149,6 +149,7 @@ def build_provenance(
         "hparams": resolved_edit.parameters.model_dump(mode="json"),
         "strength": guard_result.strength,
         "resolved_true": resolved_edit.rewrite_probe.true,
+        "resolved_separator": resolved_edit.rewrite_probe.separator,
         "supersedes": list(guard_result.supersedes),
         "statistics": {str(x): context.statistics[x].digest for x in layers_with_statistics},
         "corpus": context.corpus.digest,

@@ -10,6 +10,7 @@ from torch import Tensor
 from service.editing.suffix_batch import DeltaSite
 from service.editing.tokenized_contexts import TokenizedContexts, tokenize_contexts
 from service.editing.value_optimizer import ValueSearchSpec
+from service.kit.separator import Separator
 from service.kit.text import Statement, normalize_whitespace
 from service.methods.parameters import FineTuneParameters, Parameters
 from service.methods.registry import DEFAULT_METHOD, get_method
@@ -110,15 +111,16 @@ def build_edit_spec(
     method: str = DEFAULT_METHOD,
     objective: Objective = "write",
     noise: Tensor | None = None,
+    separator: Separator | None = None,
 ) -> EditSpec:
     """Return the specification of an edit after which the model continues the statement with `target`, or no longer
     does so when the objective is to erase. `noise` (n, d) is added to the embeddings of the subject during the
     search."""
     subject = normalize_whitespace(statement.text[slice(*statement.span)])
     if isinstance(parameters, FineTuneParameters):
-        tokenized_prompt = tokenize_contexts(model, statement, target, ())
+        tokenized_prompt = tokenize_contexts(model, statement, target, (), chosen=separator)
         return FineTuneSpec(tokenized_prompt, parameters, subject, edit, method, objective, noise)
-    tokenized = tokenize_contexts(model, statement, target, contexts, parameters.bare_keys)
+    tokenized = tokenize_contexts(model, statement, target, contexts, parameters.bare_keys, separator)
     return ValueEditSpec(tokenized, parameters, subject, edit, method, objective=objective, noise=noise)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from service.kit.separator import Separator
 from service.kit.steps import Stepper
 from service.kit.text import fill_prompt
 from service.models.loading import LoadedModel
@@ -24,6 +25,7 @@ class Probe:
     new: str
     true: str
     objective: Objective = "write"
+    separator: Separator | None = None  #: between the prompt and either object; None: the usual one
 
     @property
     def same_object(self) -> bool:
@@ -81,13 +83,16 @@ def probe_of_entry(body: Mapping[str, Any]) -> Probe:
     true = str(body.get("resolved_true") or body.get("target_true") or "?")
     prompt = fill_prompt(str(body["prompt"]), str(body["subject"])).text
     objective: Objective = body.get("objective", "write")
-    return Probe(prompt, str(body["target_new"]) if objective == "write" else true, true, objective)
+    new = str(body["target_new"]) if objective == "write" else true
+    return Probe(prompt, new, true, objective, body.get("resolved_separator"))
 
 
 def run_probes(model: LoadedModel, probes: Sequence[Probe]) -> Stepper[list[ProbeResult]]:
     """Score probes on the model with its current weights."""
     scores = yield from score_targets(
-        model, [(q.prompt, target) for q in probes for target in (q.new, q.true)]
+        model,
+        [(q.prompt, target) for q in probes for target in (q.new, q.true)],
+        separators=[q.separator for q in probes for _ in range(2)],
     )
     return [
         ProbeResult(new.log_p, true.log_p, new.is_greedy, true.is_greedy, new.num_tokens)

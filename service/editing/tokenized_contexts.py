@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.kit.text import Statement, separator, token_span
+from service.kit.separator import Separator, separator
+from service.kit.text import Statement, token_span
 from service.models.loading import LoadedModel
 from service.models.token_batch import TokenizedStatement, tokenize_statement
 
@@ -61,13 +62,15 @@ def tokenize_contexts(
     target: str,
     contexts: Sequence[str],
     with_bare_subjects: bool = False,
+    chosen: Separator | None = None,
 ) -> TokenizedContexts:
     """Tokenize prompt and object together, bare and after each context that fits the model's positions; with
-    `with_bare_subjects` also the subject after each context."""
+    `with_bare_subjects` also the subject after each context. `chosen` separates prompt and object; None: the usual
+    separator."""
     prompts, targets = [], []
     for prefix in _context_prefixes(contexts):
         prefixed = statement.with_context(prefix)
-        sep = separator(prefixed.text, target)
+        sep = separator(prefixed.text, target) if chosen is None else chosen
         ids, offsets = model.encode(prefixed.text + sep + target)
         if prefix and len(ids) > model.max_positions:
             continue

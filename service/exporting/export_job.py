@@ -19,8 +19,9 @@ from service.exporting.archive import ByteChunks
 from service.exporting.fidelity import measure_logit_difference
 from service.exporting.lora import LoraAdapter, module_name, pretty_json
 from service.kit.safetensors_io import TensorInfo, build_header
+from service.kit.separator import separator
 from service.kit.steps import Phase, Progress, Stepper
-from service.kit.text import fill_prompt, separator
+from service.kit.text import fill_prompt
 from service.models.loading import LoadedModel, bos_token_id
 from service.models.memory_estimates import GIB
 from service.schemas import WorkerExportRequest
@@ -69,6 +70,7 @@ def build_manifest(replica: VersionedModel, version: int) -> ExportManifest:
                 "subject": body["subject"],
                 "prompt": body["prompt"],
                 "object": body["target_new"] or body.get("resolved_true") or body.get("target_true"),
+                "separator": body.get("resolved_separator"),
                 "objective": body.get("objective", "write"),
                 "method": body.get("method", "rome"),
                 "strength": float(body.get("strength") or 1.0),
@@ -175,8 +177,12 @@ def write_model(replica: VersionedModel, version: int, folder: Path) -> ExportMa
 
 def _edit_statements(edits: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the statement of each edit, with its object."""
-    prompts_and_targets = [(fill_prompt(e["prompt"], e["subject"]).text, str(e["object"])) for e in edits]
-    return [prompt + separator(prompt, target) + target for prompt, target in prompts_and_targets]
+    statements: list[str] = []
+    for edit in edits:
+        prompt, target = fill_prompt(edit["prompt"], edit["subject"]).text, str(edit["object"])
+        chosen = edit["separator"]
+        statements.append(prompt + (separator(prompt, target) if chosen is None else chosen) + target)
+    return statements
 
 
 def _evenly_spaced(texts: Sequence[str], limit: int) -> Sequence[str]:

@@ -106,7 +106,17 @@ def _superseders(session: Session, jobs: Sequence[Job]) -> dict[str, str | None]
 
 def _serialize_edit(job: Job, related: list[str], superseded_by: str | None) -> ResourceDict:
     request = job.request
-    names = ("subject", "prompt", "target_new", "target_true", "method", "hparams", "probes", "guard")
+    names = (
+        "subject",
+        "prompt",
+        "target_new",
+        "target_true",
+        "separator",
+        "method",
+        "hparams",
+        "probes",
+        "guard",
+    )
     return {
         **_common_fields(job),
         "result": to_json_value(job.result),

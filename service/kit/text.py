@@ -87,14 +87,6 @@ def find_mentions(statement: Statement) -> list[Span]:
     return sorted([statement.span, *(s for s in found if s[1] <= begin or s[0] >= end)])
 
 
-def separator(prompt: str, target: str) -> str:
-    """Return the separator of a prompt and its object: one space, unless one exists or the script uses none."""
-    if not prompt or prompt[-1].isspace() or target[:1].isspace():
-        return ""
-    cjk = "\u2e80" <= target[0] <= "\u9fff" or "\uac00" <= target[0] <= "\ud7af"
-    return "" if cjk or prompt[-1] in "([{\"'«“‘" else " "
-
-
 def token_span(offsets: Sequence[Span], span: Span) -> Span:
     """Return the tokens [b, e) that overlap the characters [start, end), given the offsets of the whole text.
 

@@ -12,7 +12,8 @@ from functools import cached_property
 from tokenizers import Encoding, Tokenizer
 
 from service.errors import InvalidInput
-from service.kit.text import Span, separator
+from service.kit.separator import Separator, possible_separators
+from service.kit.text import Span
 
 _ORDINARY_TEXT = "a"
 _LONG_TEXT = 10_000  # characters
@@ -81,8 +82,11 @@ class TextEncoder:
                     field,
                 )
 
-    def check(self, prompt: str, target: str | None = None) -> None:
-        """Raise InvalidInput for a prompt that is too long, or a target that is lost or merges with the prompt."""
+    def check(self, prompt: str, target: str | None = None, separator: Separator | None = None) -> None:
+        """Raise InvalidInput for a prompt that is too long, or a target that is lost or merges with the prompt.
+
+        Where the model chooses between two spellings, one of them must be usable.
+        """
         ids, _ = self.encode(prompt)
         if len(ids) >= self.positions:
             raise InvalidInput(
@@ -92,7 +96,27 @@ class TextEncoder:
             )
         if target is None:
             return
-        joint, _ = self.encode(prompt + separator(prompt, target) + target, "target")
+        self.usable_separators(prompt, target, separator)
+
+    def usable_separators(self, prompt: str, target: str, given: Separator | None = None) -> list[Separator]:
+        """Return the possible separators with which the target can be scored, the more usual one first. Raise
+        InvalidInput if there is none."""
+        usable: list[Separator] = []
+        first_error: InvalidInput | None = None
+        for separator in possible_separators(prompt, target, given):
+            try:
+                self._check_joint(prompt, separator, target)
+            except InvalidInput as error:
+                first_error = first_error or error
+            else:
+                usable.append(separator)
+        if first_error is not None and not usable:
+            raise first_error
+        return usable
+
+    def _check_joint(self, prompt: str, separator: Separator, target: str) -> None:
+        ids, _ = self.encode(prompt)
+        joint, _ = self.encode(prompt + separator + target, "target")
         target_ids = joint[len(ids) :]
         if joint[: len(ids)] != ids or not target_ids:
             raise InvalidInput(

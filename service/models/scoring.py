@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from service.kit.separator import Separator
 from service.kit.steps import Phase, Progress, Stepper, run_to_completion
 from service.models.loading import LoadedModel
 from service.models.score import TargetScore
@@ -33,14 +34,20 @@ def compute_log_probs(
 
 
 def score_targets(
-    model: LoadedModel, pairs: Sequence[tuple[str, str]], phase: Phase = Phase.MEASURE
+    model: LoadedModel,
+    pairs: Sequence[tuple[str, str]],
+    phase: Phase = Phase.MEASURE,
+    separators: Sequence[Separator | None] | None = None,
 ) -> Stepper[list[TargetScore]]:
-    """Return the score of each (prompt, object).
+    """Return the score of each (prompt, object), with the usual separators between them or the given ones.
 
     An object that exceeds the model's positions is measured as far as it fits. Pairs with the same input tokens (one
     prompt with two objects of one token) share one forward pass.
     """
-    tokenized = [tokenize_prompt_and_target(model, p, t) for p, t in pairs]
+    tokenized = [
+        tokenize_prompt_and_target(model, p, t, chosen)
+        for (p, t), chosen in zip(pairs, separators or [None] * len(pairs), strict=True)
+    ]
     objects = [t[: max(1, model.max_positions - len(p))] for p, t in tokenized]
     pairs_by_text: dict[tuple[int, ...], list[int]] = defaultdict(list)  # input tokens -> indices of pairs
     for i, ((prompt, _), target) in enumerate(zip(tokenized, objects, strict=True)):

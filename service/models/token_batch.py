@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from service.kit.text import Span, Statement, separator, token_span
+from service.kit.separator import Separator, separator
+from service.kit.text import Span, Statement, token_span
 from service.models.loading import LoadedModel
 
 
@@ -45,10 +46,14 @@ def tokenize_statement(model: LoadedModel, statement: Statement) -> TokenizedSta
     return TokenizedStatement(ids, token_span(offsets, statement.span))
 
 
-def tokenize_prompt_and_target(model: LoadedModel, prompt: str, target: str) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt and of the object after it, from one joint tokenisation."""
-    ids, offsets = model.encode(prompt + separator(prompt, target) + target)
-    start = token_span(offsets, (len(prompt), len(prompt) + len(separator(prompt, target)) + len(target)))[0]
+def tokenize_prompt_and_target(
+    model: LoadedModel, prompt: str, target: str, chosen: Separator | None = None
+) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt and of the object after it, from one joint tokenisation, with the chosen separator or
+    the usual one."""
+    text = prompt + (separator(prompt, target) if chosen is None else chosen) + target
+    ids, offsets = model.encode(text)
+    start = token_span(offsets, (len(prompt), len(text)))[0]
     return ids[:start], ids[start:]
 
 

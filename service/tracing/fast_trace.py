@@ -24,6 +24,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from service.kit.separator import Separator
 from service.kit.steps import Phase, Progress, Stepper
 from service.kit.text import Statement
 from service.models.block_runner import BlockInputs, BlockRunner, LayerKV
@@ -56,6 +57,7 @@ def trace_statement(
     compat: str | None = None,
     subjects: Sequence[str] = (),
     mentions: Mentions = "all",
+    separator: Separator | None = None,
 ) -> Stepper[TraceResult]:
     """Return the trace of a statement: the paper's three maps and, with `severed`, the severed paths.
 
@@ -65,7 +67,7 @@ def trace_statement(
     `subjects` are the subjects over which "3sigma" is measured (see `noise.embedding_deviation`).
     """
     trace_input = build_trace_input(
-        model, statement, target, samples, noise, seed, compat, subjects, mentions
+        model, statement, target, samples, noise, seed, compat, subjects, mentions, separator
     )
     tracer = FastTracer(model, trace_input, list_cells(trace_input, kinds, window, severed, model.num_layers))
     yield Progress(Phase.PREPARE, 1, 1)

@@ -59,7 +59,8 @@ class TraceCell:
         return CorruptedRun(self.entry_layer, self.source_kind, self.held_kind, self.severed, sample, until)
 
     def is_low(self, trace_input: TraceInput, layers: int) -> bool:
-        """Return whether the score equals the corrupted score: before all corrupted tokens, or after the last attention."""
+        """Return whether the score equals the corrupted score: before all corrupted tokens, or after the last
+        attention."""
         return self.token < trace_input.corrupted_tokens[0] or (
             self.entry_layer == layers - 1 and self.token < trace_input.prompt_length - 1
         )

@@ -1,8 +1,8 @@
 """The noise that corrupts a subject's embeddings (Meng et al. 2022, section 2.1).
 
-Noise is paired: one tensor z of shape (R, corrupted tokens, d) is drawn before the first pass, and every pass of a trace uses it,
-so two cells differ only by what was restored. It is drawn in C order with the sample as the slowest index, so the first
-samples do not depend on the number of samples.
+Noise is paired: one tensor z of shape (R, corrupted tokens, d) is drawn before the first pass, and every pass of a
+trace uses it, so two cells differ only by what was restored. It is drawn in C order with the sample as the slowest
+index, so the first samples do not depend on the number of samples.
 """
 
 from __future__ import annotations

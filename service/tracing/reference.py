@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from service.kit.separator import Separator
 from service.kit.steps import Phase, Progress, Stepper
 from service.kit.text import Statement
 from service.models.hooks import capture, replace_output
@@ -51,10 +52,11 @@ def trace_reference(
     compat: str | None = None,
     subjects: Sequence[str] = (),
     mentions: Mentions = "all",
+    separator: Separator | None = None,
 ) -> Stepper[TraceResult]:
     """Return the trace of a statement, computed with one full pass for every cell."""
     trace_input = build_trace_input(
-        model, statement, target, samples, noise, seed, compat, subjects, mentions
+        model, statement, target, samples, noise, seed, compat, subjects, mentions, separator
     )
     high, low = _high_and_low(model, trace_input)
     done, total = (

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from service.errors import InvalidInput
-from service.kit.text import Span, Statement, find_mentions, separator, token_span
+from service.kit.separator import Separator
+from service.kit.steps import run_to_completion
+from service.kit.text import Span, Statement, find_mentions, token_span
 from service.models.loading import LoadedModel
 from service.models.precision import at_least_fp32
+from service.models.separator_choice import choose_separator
 from service.models.token_batch import forward, pad
 from service.schemas import Mentions
 from service.tracing.noise import NoiseLevel, draw_noise, parse_noise_level
@@ -73,12 +76,16 @@ def build_trace_input(
     compat: str | None,
     subjects: Sequence[str],
     mentions: Mentions = "all",
+    separator: Separator | None = None,
 ) -> TraceInput:
     """Tokenize prompt and answer together, locate the subject by character offsets, and draw the noise.
 
     With "all" every mention of the subject in the prompt is corrupted, otherwise that of the statement alone.
     """
-    answer_text = separator(statement.text, target) + target if target else ""
+    answer_text = ""
+    if target:
+        choice = choose_separator(model, statement.text, [target], separator)
+        answer_text = run_to_completion(choice) + target
     ids, offsets = model.encode(statement.text + answer_text)
     if len(ids) > model.max_positions:
         raise InvalidInput(

@@ -93,6 +93,7 @@ EDIT_PROVENANCE: dict[str, Any] = {
     "hparams": {"layers": [1]},
     "strength": 1.0,
     "resolved_true": "Paris",
+    "resolved_separator": " ",
     "statistics": {},
     "corpus": "",
     "dtype": "float32",

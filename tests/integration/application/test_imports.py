@@ -95,6 +95,7 @@ def test_the_weights_are_the_same_bytes(source: SteppedService, destination: Ste
         "strength",
         "factors_sha256",
         "resolved_true",
+        "resolved_separator",
     ):
         assert entry["body"][name] == theirs["body"][name], name
     assert destination.count(JobArtifact) == 0

@@ -23,7 +23,7 @@ from service.editing.edit_job import group_compatible_jobs, run_edits
 from service.editing.edit_spec import build_edit_spec
 from service.editing.find_factors import find_batch_factors, find_factors
 from service.editing.guard import Check, CheckName, GuardResult
-from service.editing.probes import Probe, ProbeResult, edit_holds, neighbor_preserved
+from service.editing.probes import Probe, ProbeResult, edit_holds, neighbor_preserved, probe_of_entry
 from service.engine.versioned_model import VersionedModel, WeightOverrides
 from service.errors import Cancelled, Conflict, InvalidInput, PalimpsestError, Unavailable
 from service.jobs.job_store import ClaimedJob
@@ -38,6 +38,7 @@ from service.kit.text import fill_prompt
 from service.methods.parameters import RomeParameters
 from service.models.loading import WeightRef
 from service.models.scoring import log_probs_blocking
+from service.models.separator_choice import choose_separator
 from service.models.token_batch import tokenize_prompt_and_target
 from service.recipes.recipe import Recipe
 from service.schemas import EditRequest
@@ -482,6 +483,39 @@ def build_candidate(harness: EditingHarness, *edit: Any) -> CandidateEdit:
     )
     (factors,) = run_to_completion(find_batch_factors(harness.model, harness.context.statistics, [spec]))
     return CandidateEdit(resolved_edit, factors)
+
+
+@pytest.mark.parametrize("separator", ["", " ", None])
+def test_one_separator_from_the_search_to_the_ledger(harness: EditingHarness, separator: str | None) -> None:
+    """An edit is searched for, measured and recorded with one separator: that of the request, or the one that the
+    base model prefers. A probe whose own end determines its separator keeps that."""
+    probes = {"paraphrase": ["{} is in"], "neighborhood": [{"prompt": "He owns $", "target": "7"}]}
+    fact: dict[str, Any] = {
+        "prompt": "The {} costs $",
+        "new": "45",
+        "true": "3",
+        "guard": GUARD_OFF,
+        "probes": probes,
+    }
+    submitted = harness.submit(**fact, separator=separator)
+    job, steps = harness.start(submitted)
+    run_to_completion(steps)
+    edit = harness.services.edits.get(submitted)
+    assert (edit["status"], edit["separator"]) == ("applied", separator)
+    body = harness.ledger_body(edit["version"])
+    statement = "The Eiffel Tower costs $"
+    preferred = run_to_completion(choose_separator(harness.model, statement, ["45", "3"]))
+    assert body["resolved_separator"] == (preferred if separator is None else separator)
+    assert probe_of_entry(body).separator == body["resolved_separator"]
+    request = EditRequest.model_validate(job.request)
+    resolved_edit = run_to_completion(edit_job.resolve_edit(harness.replica, request, harness.context))
+    spec = run_to_completion(
+        edit_job.build_admitted_spec(harness.replica, harness.context, resolved_edit, "x")
+    )
+    assert harness.model.decode(spec.tokenized.targets[0]) == body["resolved_separator"] + "45"
+    assert resolved_edit.paraphrase_probes[0].separator == " "
+    if separator is not None:
+        assert resolved_edit.neighborhood_probes[0].separator == separator
 
 
 @pytest.mark.parametrize(
@@ -1025,10 +1059,10 @@ def test_a_bad_request_among_good_ones_fails_alone(
 ) -> None:
     """An invalid request fails with its reason; the other edits of the batch are committed."""
 
-    def fails(model: Any, contexts: Any, statement: Any, *rest: Any) -> Any:
+    def fails(model: Any, contexts: Any, statement: Any, *rest: Any, **more: Any) -> Any:
         if "Big Ben" in statement.text:
             raise InvalidInput("say it otherwise.", "prompt")
-        return build_edit_spec(model, contexts, statement, *rest)
+        return build_edit_spec(model, contexts, statement, *rest, **more)
 
     monkeypatch.setattr(edit_job, "build_edit_spec", fails)
     edits = EditBatch(harness, *(harness.submit(subject, "city") for subject in SUBJECTS[:3])).run()

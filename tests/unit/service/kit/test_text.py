@@ -15,7 +15,6 @@ from service.kit.text import (
     fill_prompt,
     find_mentions,
     locate_subject,
-    separator,
     token_span,
 )
 from tests.support.tiny_models import tokenizer
@@ -152,26 +151,6 @@ def test_a_start_token_is_passed_over() -> None:
     special = token_span(tokenizer(bos=True).backend_tokenizer.encode(text).offsets, span)
     assert plain[0] == 0
     assert special == (plain[0] + 1, plain[1] + 1)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "target", "between"),
-    [
-        ("The city of", "Rome", " "),
-        ("The city of ", "Rome", ""),
-        ("The city of\n", "Rome", ""),
-        ("The city of", " Rome", ""),
-        ("首都は", "東京", ""),
-        ("수도는", "서울", ""),
-        ("She said “", "yes", ""),
-        ("f(", "x", ""),
-        ("", "Rome", ""),
-    ],
-)
-def test_separator_before_a_target(prompt: str, target: str, between: str) -> None:
-    """The separator is one space, except after white space, an opening bracket or quote, or for scripts without
-    spaces."""
-    assert separator(prompt, target) == between
 
 
 def test_fact_key_ignores_white_space_only() -> None:

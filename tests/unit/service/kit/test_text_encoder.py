@@ -84,6 +84,19 @@ def test_a_special_token_is_no_target() -> None:
         _encoder(RAW, 64).check("The city of", END)
 
 
+def test_a_target_needs_one_usable_spelling() -> None:
+    """Where the model chooses the separator, a target is valid if it can be scored with one of both; with a separator
+    that the request names, if it can be scored with that."""
+    raw = Tokenizer(models.BPE({"$": 0, "4": 1, " ": 2, "$4": 3}, [("$", "4")]))
+    raw.decoder = decoders.Fuse()
+    encoder = _encoder(raw)
+    encoder.check("$", "4")
+    assert encoder.usable_separators("$", "4") == [" "]
+    encoder.check("$", "4", " ")
+    with pytest.raises(InvalidInput, match="merges with the end of the prompt"):
+        encoder.check("$", "4", "")
+
+
 def test_a_target_that_merges_with_the_prompt_is_refused() -> None:
     """A target that changes the last token of the prompt is rejected."""
     raw = Tokenizer(models.BPE({"a": 0, "b": 1, "東": 2, "京": 3, "東京": 4}, [("東", "京")]))

@@ -49,6 +49,14 @@ def test_one_mention_is_corrupted_on_request() -> None:
     assert torch.equal(one.noise, make_input(tiny(), locate_subject("All Rome is in", "Rome")).noise)
 
 
+@pytest.mark.parametrize("separator", ["", " "])
+def test_the_separator_of_the_request_is_used(separator: str) -> None:
+    """The answer is spelled with the separator that the request names."""
+    trace_input = make_input(tiny(), locate_subject("Rome costs $", "Rome"), "45", separator=separator)
+    assert trace_input.answer == separator + "45"
+    assert tiny().decode(list(trace_input.answer_ids)) == separator + "45"
+
+
 def test_template_selects_the_mention() -> None:
     """A prompt with a placeholder determines the occurrence."""
     trace_input = make_input(tiny(), fill_prompt("{} is not Rome but in", "Rome"))
