@@ -95,7 +95,10 @@ class Guard(RequestModel):
 
     enabled: bool = True
     min_probability: float = Field(
-        0.3, ge=0, le=1, description="minimum probability of the new object for the prompt"
+        0.3,
+        ge=0,
+        le=1,
+        description="minimum probability of the new object for the prompt, up to the first token in which it differs from the true one",
     )
     min_neighborhood: float = Field(
         0.7, ge=0, le=1, description="minimum share of the neighbourhood probes that keep their answer"

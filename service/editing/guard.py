@@ -104,9 +104,7 @@ def evaluate_guard(
         _check_efficacy(resolved_edit, before.rewrite_without_superseded or before.probe_results[0], rewrite)
     ]
     if objective != "erase":
-        checks.append(
-            _check_at_least(CheckName.PROBABILITY, probability_of(rewrite.new), guard.min_probability)
-        )
+        checks.append(_check_at_least(CheckName.PROBABILITY, rewrite.said_probability, guard.min_probability))
     first_neighbor = resolved_edit.first_neighbor
     probe_results = list(zip(resolved_edit.probes, before.probe_results, after.probe_results, strict=True))
     if paraphrases := probe_results[1:first_neighbor]:
@@ -136,12 +134,14 @@ def evaluate_guard(
 def _check_efficacy(resolved_edit: ResolvedEdit, before: ProbeResult, after: ProbeResult) -> Check:
     """Check that the edit does what its objective asks for.
 
-    To write: p(new) above p(true). To erase or amplify: at least the share `min_effect` of the possible change of
-    probability.
+    To write: the new object is said (`ProbeResult.says_new`). To erase or amplify: at least the share `min_effect` of
+    the possible change of probability.
     """
     holds, objective = edit_holds(resolved_edit.rewrite_probe, after), resolved_edit.request.objective
     if objective == "write":
-        return Check(CheckName.EFFICACY, holds, probability_of(after.new), probability_of(after.true))
+        return Check(
+            CheckName.EFFICACY, holds, after.said_probability, probability_of(after.decisive_true.lead)
+        )
     share, min_effect = effect_share(objective, before, after), resolved_edit.request.guard.min_effect
     return Check(CheckName.EFFICACY, holds and share >= min_effect, share, min_effect)
 

@@ -12,6 +12,7 @@ from service.kit.separator import Separator
 from service.kit.steps import Stepper
 from service.kit.text import fill_prompt
 from service.models.loading import LoadedModel
+from service.models.score import DecisiveScore, TargetScore, decisive_scores
 from service.models.scoring import score_targets
 from service.schemas import Objective
 from service.scores.hase_scores import erasure_share, rewrite_share
@@ -35,17 +36,42 @@ class Probe:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The mean log-probability per token of both objects, and whether each is the greedy continuation."""
+    """The scores of both objects.
 
-    new: float
+    The guard decides by `says_new`, `prefers_new` and `said_probability`. The mean per token is what the scores of the
+    papers are made of.
+    """
+
+    new: float  #: mean log-probability per token
     true: float
-    new_is_greedy: bool
+    new_is_greedy: bool  #: it is the greedy continuation
     true_is_greedy: bool
+    decisive_new: DecisiveScore
+    decisive_true: DecisiveScore
     new_tokens: int = 1  #: of the new object
+
+    @classmethod
+    def from_scores(cls, new: TargetScore, true: TargetScore) -> ProbeResult:
+        """Build the result from the scores of the new and of the true object."""
+        return cls(
+            new.log_p, true.log_p, new.is_greedy, true.is_greedy, *decisive_scores(new, true), new.num_tokens
+        )
 
     @property
     def prefers_new(self) -> bool:
-        return self.new > self.true
+        """Whether the new object is more probable than the true one at the first token in which they differ."""
+        return self.decisive_new.lead > self.decisive_true.lead
+
+    @property
+    def says_new(self) -> bool:
+        """Whether the probability that the model says the new object is above that of the true one, taken up to the
+        first token in which they differ."""
+        return self.decisive_new.said > self.decisive_true.lead
+
+    @property
+    def said_probability(self) -> float:
+        """The probability that the model says the new object (`DecisiveScore.said`)."""
+        return probability_of(self.decisive_new.said)
 
     def probabilities(self) -> dict[str, float]:
         """Return exp of the mean log-probability per token of each object."""
@@ -58,11 +84,11 @@ class ProbeResult:
 
 
 def edit_holds(probe: Probe, result: ProbeResult) -> bool:
-    """Whether the edit holds: the new object is the more probable one, or the greedy one when both are the same. An
-    erased object must not be the greedy continuation."""
+    """Whether the edit holds: the new object is said rather than the true one, or the greedy one when both are the
+    same. An erased object must not be the greedy continuation."""
     if probe.objective == "erase":
         return not result.true_is_greedy
-    return result.prefers_new or (probe.same_object and result.new_is_greedy)
+    return result.says_new or (probe.same_object and result.new_is_greedy)
 
 
 def neighbor_preserved(probe: Probe, result: ProbeResult) -> bool:
@@ -94,10 +120,7 @@ def run_probes(model: LoadedModel, probes: Sequence[Probe]) -> Stepper[list[Prob
         [(q.prompt, target) for q in probes for target in (q.new, q.true)],
         separators=[q.separator for q in probes for _ in range(2)],
     )
-    return [
-        ProbeResult(new.log_p, true.log_p, new.is_greedy, true.is_greedy, new.num_tokens)
-        for new, true in zip(scores[::2], scores[1::2], strict=True)
-    ]
+    return [ProbeResult.from_scores(new, true) for new, true in zip(scores[::2], scores[1::2], strict=True)]
 
 
 def probability_of(log_p: float) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from service.datasets.record import Record
 from service.engine.versioned_model import WeightOverrides
 from service.evaluation.checkpointing import ArtifactKind, StageKind
 from service.evaluation.composition import JointComposition, SequenceComposition, SequentialUpdates
@@ -126,7 +127,7 @@ class EvaluationRun:
         if self.plan.objective != "write":
             schedule = replace(schedule, strengths=schedule.strengths[:1])
         choice = yield from choose_strength_alone(self.replica, self.records[i], edit.updates, schedule)
-        return {"strength": choice.strength, "scores": choice.measurement}
+        return {"strength": choice.strength, "scores": [s.figures() for s in choice.measurement]}
 
     # A sequence of edits
 
@@ -204,11 +205,16 @@ class EvaluationRun:
         for start in range(0, count, RECORDS_PER_BATCH):
             batch = self.records[start : min(start + RECORDS_PER_BATCH, count)]
             stage = self.stages.run_once(
-                kind.name_of(*numbers, start), StageKind.MEASURE, score_pairs(self.replica, batch, weights)
+                kind.name_of(*numbers, start), StageKind.MEASURE, self._score_figures(batch, weights)
             )
             scores = yield from report_as(stage, Progress(Phase.MEASURE, start, count, detail))
             record_scores += split_scores(batch, [TargetScore(*s) for s in scores])
         return record_scores
+
+    def _score_figures(
+        self, records: Sequence[Record], weights: WeightOverrides
+    ) -> Stepper[list[tuple[float, bool, int, int]]]:
+        return [s.figures() for s in (yield from score_pairs(self.replica, records, weights))]
 
     def _measure_damage(self, number: int, weights: WeightOverrides) -> Stepper[dict[str, float]]:
         """Return the damage to plain texts, as a stage named by an edit or by a number of edits."""

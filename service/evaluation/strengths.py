@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 from service.datasets.record import Record
-from service.editing.probes import Probe, ProbeResult, edit_holds, probability_of
+from service.editing.probes import Probe, ProbeResult, edit_holds
 from service.editing.strengthen import Assessment, StrengthChoice, choose_strengths
 from service.engine.versioned_model import VersionedModel
 from service.evaluation.measuring import score_pairs, score_records
@@ -35,8 +35,8 @@ def assess_rewrite(record: Record, scores: PromptScores, required_margin: float)
     """
     new, true = scores.new, scores.true or scores.new
     probe = Probe(record.text, record.target_new, record.target_true or record.target_new)
-    result = ProbeResult(new.log_p, true.log_p, new.is_greedy, true.is_greedy, new.num_tokens)
-    passed = edit_holds(probe, result) and probability_of(new.log_p) >= Guard().min_probability
+    result = ProbeResult.from_scores(new, true)
+    passed = edit_holds(probe, result) and result.said_probability >= Guard().min_probability
     effective = passed and (probe.same_object or new.log_p - true.log_p >= required_margin)
     return Assessment(accepted=effective and new.is_greedy, passed=passed, effective=effective)
 

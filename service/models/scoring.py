@@ -13,7 +13,7 @@ from torch import Tensor
 from service.kit.separator import Separator
 from service.kit.steps import Phase, Progress, Stepper, run_to_completion
 from service.models.loading import LoadedModel
-from service.models.score import TargetScore
+from service.models.score import TargetScore, TokenScore
 from service.models.token_batch import PaddedBatch, forward, pad, tokenize_prompt_and_target
 
 SCORING_BATCH_SIZE = (
@@ -70,8 +70,10 @@ def _score(logits: Tensor, target: Sequence[int]) -> TargetScore:
     """Return the score of an object of n tokens with logits (n, V)."""
     target_ids = torch.tensor(target, device=logits.device)
     logp = logits.log_softmax(-1).gather(1, target_ids[:, None])
-    correct = int((logits.argmax(-1) == target_ids).sum())
-    return TargetScore(logp.mean().item(), correct == len(target), correct, len(target))
+    greedy = (logits.argmax(-1) == target_ids).tolist()
+    tokens = tuple(map(TokenScore, target, logp[:, 0].tolist(), greedy))
+    correct = sum(greedy)
+    return TargetScore(logp.mean().item(), correct == len(target), correct, len(target), tokens)
 
 
 def log_probs_blocking(model: LoadedModel, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:

@@ -23,7 +23,7 @@ from service.editing.edit_job import group_compatible_jobs, run_edits
 from service.editing.edit_spec import build_edit_spec
 from service.editing.find_factors import find_batch_factors, find_factors
 from service.editing.guard import Check, CheckName, GuardResult
-from service.editing.probes import Probe, ProbeResult, edit_holds, neighbor_preserved, probe_of_entry
+from service.editing.probes import Probe, edit_holds, neighbor_preserved, probe_of_entry
 from service.engine.versioned_model import VersionedModel, WeightOverrides
 from service.errors import Cancelled, Conflict, InvalidInput, PalimpsestError, Unavailable
 from service.jobs.job_store import ClaimedJob
@@ -47,6 +47,7 @@ from service.weights import composition
 from service.weights.composition import apply_delta, compose_layer
 from service.weights.factors import Association, deserialize_updates, serialize_updates
 from tests.support.associations import associations_of
+from tests.support.probe_results import probe_result
 from tests.support.reporters import CallbackReporter, RaisingReporter
 from tests.support.tiny_models import TEXTS, tiny
 from tests.support.workers import WorkerParts
@@ -428,7 +429,7 @@ def test_writing_the_model_own_answer(harness: EditingHarness) -> None:
     """The new object may equal the true one up to white space: the edit holds when the model generates it."""
     for new in ("is", " is"):
         assert harness.run_edit(new=new, true="is")["status"] == "applied"
-    silent, saying = ProbeResult(-1.0, -1.0, False, False), ProbeResult(-1.0, -1.0, True, True)
+    silent, saying = probe_result(-1.0, -1.0, False, False), probe_result(-1.0, -1.0, True, True)
     question = Probe("p", " is", "is")
     assert edit_holds(question, saying) and not edit_holds(question, silent)
     assert not edit_holds(Probe("p", "is", "the"), saying)
@@ -594,7 +595,7 @@ def test_which_strength_is_chosen(
         _: float,
     ) -> GuardResult:
         what = next(outcomes)
-        answer = ProbeResult(-1.0, -2.0, what == GENERATED, False)
+        answer = probe_result(-1.0, -2.0, what == GENERATED, False)
         checks = [
             Check(CheckName.EFFICACY, what != INEFFECTIVE, 0, 0),
             Check(CheckName.NORM, what != HARMFUL, 0, 0),
@@ -675,7 +676,7 @@ def test_erasing_and_writing_supersede_each_other(harness: EditingHarness) -> No
 
 def test_erasure_holds_while_its_object_is_not_generated() -> None:
     """An erasure holds while its object is not generated, an amplification while it is."""
-    silent, saying = ProbeResult(-1.0, -1.0, False, False), ProbeResult(-1.0, -1.0, True, True)
+    silent, saying = probe_result(-1.0, -1.0, False, False), probe_result(-1.0, -1.0, True, True)
     erased, louder = Probe("p", "is", "is", "erase"), Probe("p", "is", "is", "amplify")
     assert edit_holds(erased, silent) and not edit_holds(erased, saying)
     assert edit_holds(louder, saying) and not edit_holds(louder, silent)

@@ -6,10 +6,11 @@ from bench.guard import GuardCase, conflict_table
 from service.editing.candidate import ResolvedEdit, VersionMeasurement
 from service.editing.conflicts import ConflictCandidate
 from service.editing.guard import evaluate_guard
-from service.editing.probes import Probe, ProbeResult
+from service.editing.probes import Probe
 from service.methods.parameters import RomeParameters
 from service.models.loading import WeightRef
 from service.schemas import EditRequest
+from tests.support.probe_results import probe_result
 
 
 def make_case(norm: float, neighbour_kept: bool) -> GuardCase:
@@ -17,7 +18,7 @@ def make_case(norm: float, neighbour_kept: bool) -> GuardCase:
     request = EditRequest.model_validate({"subject": "Tower", "prompt": "{} in", "target_new": "Rome"})
     rewrite, neighbour = Probe("Tower in", "Rome", "Paris"), Probe("Louvre in", "Rome", "Paris")
     resolved_edit = ResolvedEdit(request, RomeParameters(layers=(0,)), rewrite, [], [neighbour])
-    new, true = ProbeResult(-0.1, -2.0, True, False), ProbeResult(-2.0, -0.1, False, True)
+    new, true = probe_result(-0.1, -2.0, True, False), probe_result(-2.0, -0.1, False, True)
     before = VersionMeasurement([true, true], "", 2.0, set())
     after = VersionMeasurement([new, true if neighbour_kept else new], "", 2.0, set())
     return GuardCase(resolved_edit, evaluate_guard(resolved_edit, before, after, 1.0, {WeightRef(0): norm}))

@@ -14,14 +14,15 @@ from service.evaluation import strengths
 from service.evaluation.metrics import PromptScores
 from service.evaluation.strengths import assess_rewrite, choose_group_strengths
 from service.kit.steps import Phase, Progress, Stepper, run_to_completion
-from service.models.score import TargetScore
+from service.models.score import TargetScore, TokenScore
 from service.recipes.strength_schedule import StrengthSchedule
 
 RECORD = Record("record 1", "Eiffel Tower", "The {} is in", "Rome", "Paris")
 
 
-def score(p: float, greedy: bool = False) -> TargetScore:
-    return TargetScore(math.log(p), greedy, int(greedy), 1)
+def score(p: float, greedy: bool = False, token: int = 1) -> TargetScore:
+    log_p = math.log(p)
+    return TargetScore(log_p, greedy, int(greedy), 1, (TokenScore(token, log_p, greedy),))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,9 @@ def test_assessment_is_that_of_the_default_guard(
     p_new: float, p_true: float, greedy: bool, margin: float, expected: Assessment
 ) -> None:
     """Efficacy, probability, margin and greedy continuation decide as in the service."""
-    assert assess_rewrite(RECORD, PromptScores(score(p_new, greedy), score(p_true)), margin) == expected
+    assert (
+        assess_rewrite(RECORD, PromptScores(score(p_new, greedy), score(p_true, token=2)), margin) == expected
+    )
 
 
 @pytest.mark.parametrize("greedy", [True, False])
