@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import EmbeddedService
+from tests.support.processes import EmbeddedService, wait_until
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,9 @@ def statistics_folder(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -
     with (folder / "first-start.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not complete.exists():
-            EmbeddedService(data, threads=1).stop()
+            service = EmbeddedService(data, threads=1)
+            wait_until(lambda: service.http.get("/models").json()["items"][0]["statistics"], "the statistics")
+            service.stop()
             complete.touch()
     return data / "statistics"
 
