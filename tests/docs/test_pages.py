@@ -28,7 +28,7 @@ from tests.support.page_blocks import (
 from tests.support.page_output import output_matches
 from tests.support.page_sessions import DocSession
 from tests.support.processes import EmbeddedService
-from tests.support.shipped_service import copy_statistics
+from tests.support.shipped_service import copy_statistics, wait_for_statistics
 
 DATA_PARSERS: dict[str, Callable[[str], object]] = {
     "json": json.loads,
@@ -44,6 +44,7 @@ def shared_service(
 ) -> Iterator[EmbeddedService]:
     """Yield one service that all pages share."""
     service = EmbeddedService(copy_statistics(statistics_folder, tmp_path_factory.mktemp("service")))
+    wait_for_statistics(service)
     yield service
     service.stop()
 
@@ -52,10 +53,8 @@ def shared_service(
 def service_for_page(page: str, shared_service: EmbeddedService, folder: Path) -> Iterator[EmbeddedService]:
     """Yield a service at version 0 of the shared ledger, or a new service if the page shows version numbers."""
     if FRESH_SERVICE in page_text(page):
-        (folder / "statistics").mkdir(parents=True)
-        for statistics in (shared_service.data / "statistics").iterdir():
-            (folder / "statistics" / statistics.name).symlink_to(statistics)
-        service = EmbeddedService(folder)
+        service = EmbeddedService(copy_statistics(shared_service.data / "statistics", folder))
+        wait_for_statistics(service)
         yield service
         service.stop()
         return

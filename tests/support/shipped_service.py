@@ -25,10 +25,20 @@ def statistics_folder(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not complete.exists():
             service = EmbeddedService(data, threads=1)
-            wait_until(lambda: service.http.get("/models").json()["items"][0]["statistics"], "the statistics")
+            wait_for_statistics(service)
             service.stop()
             complete.touch()
     return data / "statistics"
+
+
+def wait_for_statistics(service: EmbeddedService) -> None:
+    """Wait until a service has prepared what edits need."""
+
+    def is_prepared() -> bool:
+        (model,) = service.http.get("/models").json()["items"]
+        return bool(model["statistics"]) and not any(worker["preparing"] for worker in model["workers"])
+
+    wait_until(is_prepared, "the statistics")
 
 
 def copy_statistics(statistics_folder: Path, data: Path) -> Path:

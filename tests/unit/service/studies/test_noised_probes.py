@@ -63,7 +63,8 @@ def test_scores_without_noise_are_unchanged() -> None:
         score_under_noise(model, RECORD, subject_noise(model, RECORD, NoiseLevel(0.0), 1))
     )
     assert [s.log_p for s in found] == pytest.approx([s.log_p for s in plain], abs=1e-5)
-    assert [s[1:] for s in found] == [s[1:] for s in plain]
+    assert [s[1:4] for s in found] == [s[1:4] for s in plain]
+    assert [[t.id for t in s.tokens] for s in found] == [[t.id for t in s.tokens] for s in plain]
 
 
 @pytest.mark.parametrize("prompt", [RECORD.text, RECORD.paraphrases[0]])
