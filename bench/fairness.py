@@ -1,6 +1,7 @@
 """Latency of one API key while another key floods the service.
 
     python bench/fairness.py --rounds 12
+    python bench/fairness.py --rounds 12 --pause 2
     python bench/fairness.py --model FOLDER --roles generate,trace --pairs generation:generation trace:trace
 
 A `palimpsest serve` process with one thread and two keys. In each round the request of one key is
@@ -222,7 +223,7 @@ def _cancel_all(url: str, key: str, work: Work) -> None:
 
 
 def measure_pair(
-    url: str, keys: tuple[str, str], names: tuple[str, str], rounds: int
+    url: str, keys: tuple[str, str], names: tuple[str, str], rounds: int, pause: float
 ) -> tuple[Spread, Spread]:
     """Return the latencies on the quiet service and beside the flood."""
     flood_key, other_key = keys
@@ -235,6 +236,7 @@ def measure_pair(
             quiet.append(timed_request(client, work))
         with flood(url, flood_key, flood_work):
             for _ in track(range(rounds), description=f"{names[1]} beside {names[0]}, flooded"):
+                time.sleep(pause)
                 flooded.append(timed_request(client, work))
     return Spread(tuple(quiet)), Spread(tuple(flooded))
 
@@ -242,6 +244,9 @@ def measure_pair(
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rounds", type=int, default=12)
+    p.add_argument(
+        "--pause", type=float, default=0.0, help="seconds between two requests of the timed key (default: 0)"
+    )
     p.add_argument("--pairs", nargs="+", metavar="FLOOD:TIMED", help="pairs of kinds (default: all)")
     p.add_argument("--model", default=str(SHIPPED_MODEL))
     p.add_argument(
@@ -256,7 +261,9 @@ def main() -> int:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         url, *keys = stack.enter_context(running_service(folder, args.model, args.roles))
         for flood_name, timed_name in pairs:
-            quiet, flooded = measure_pair(url, (keys[0], keys[1]), (flood_name, timed_name), args.rounds)
+            quiet, flooded = measure_pair(
+                url, (keys[0], keys[1]), (flood_name, timed_name), args.rounds, args.pause
+            )
             ratio = flooded.median / quiet.median
             if flood_name == timed_name and ratio > MAX_RATIO:
                 exceeded.append(flood_name)

@@ -96,16 +96,21 @@ class TextEncoder:
             )
         if target is None:
             return
-        self.usable_separators(prompt, target, separator)
+        self._usable_separators(prompt, ids, target, separator)
 
     def usable_separators(self, prompt: str, target: str, given: Separator | None = None) -> list[Separator]:
         """Return the possible separators with which the target can be scored, the more usual one first. Raise
         InvalidInput if there is none."""
+        return self._usable_separators(prompt, self.encode(prompt)[0], target, given)
+
+    def _usable_separators(
+        self, prompt: str, ids: Sequence[int], target: str, given: Separator | None
+    ) -> list[Separator]:
         usable: list[Separator] = []
         first_error: InvalidInput | None = None
         for separator in possible_separators(prompt, target, given):
             try:
-                self._check_joint(prompt, separator, target)
+                self._check_joint(prompt, ids, separator, target)
             except InvalidInput as error:
                 first_error = first_error or error
             else:
@@ -114,8 +119,8 @@ class TextEncoder:
             raise first_error
         return usable
 
-    def _check_joint(self, prompt: str, separator: Separator, target: str) -> None:
-        ids, _ = self.encode(prompt)
+    def _check_joint(self, prompt: str, ids: Sequence[int], separator: Separator, target: str) -> None:
+        """Check the target after a prompt with the tokens `ids`."""
         joint, _ = self.encode(prompt + separator + target, "target")
         target_ids = joint[len(ids) :]
         if joint[: len(ids)] != ids or not target_ids:

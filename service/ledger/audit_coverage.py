@@ -21,7 +21,8 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 from service.db.models import ApiKey, Attestation, Job, JsonText, LedgerEntry
 
 LEDGER, EDIT, ATTESTATION, API_KEY = "ledger", "edit", "attestation", "key"
-PAGE_SIZE = 1000  #: rows that one statement reads at most
+PAGE_SIZE = 1000  #: audit records that one statement reads at most
+ROWS_PER_PAGE = 16  #: rows that are read at once for their digests; a job has up to a megabyte
 
 PrimaryKey = tuple[Any, ...]
 Column = ColumnElement[Any] | InstrumentedAttribute[Any]
@@ -117,10 +118,10 @@ def row_digests(
     number = format or COVERAGE[kind].newest_format
     query = coverage_query(COVERAGE[kind], number)
     if keys is None:
-        yield from _digests_of(session, kind, number, query.execution_options(yield_per=PAGE_SIZE))
+        yield from _digests_of(session, kind, number, query.execution_options(yield_per=ROWS_PER_PAGE))
         return
-    for start in range(0, len(keys), PAGE_SIZE):
-        key_is_in_page = tuple_(*COVERAGE[kind].key).in_(keys[start : start + PAGE_SIZE])
+    for start in range(0, len(keys), ROWS_PER_PAGE):
+        key_is_in_page = tuple_(*COVERAGE[kind].key).in_(keys[start : start + ROWS_PER_PAGE])
         yield from _digests_of(session, kind, number, query.where(key_is_in_page))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ from service.jobs.attestations import prune_attestations
 from service.jobs.job_store import CHANGED_ROW
 from service.kit.signing import KEY_FILE, SigningKey
 from service.ledger import audit
-from service.ledger.audit_coverage import API_KEY, ATTESTATION, EDIT, LEDGER
+from service.ledger.audit_coverage import API_KEY, ATTESTATION, EDIT, LEDGER, row_digests
 from service.ledger.audit_verify import verify_records
 from service.ledger.head_file import FILE_NAME, HeadFile
 from tests.support.audit_history import AuditedLedger, forge_key, tamper
@@ -373,3 +374,29 @@ def test_answer_of_a_verification_is_bounded(
     verification = history.verify()
     assert len(verification["findings"]) == 2 < verification["finding_count"]
     assert [replica["version"] for replica in verification["replicas"]] == [3, 4]
+
+
+def test_memory_of_digests_does_not_grow_with_the_rows(database: Database, history: AuditedLedger) -> None:
+    """The digests of rows are computed some rows at a time: those of 40 MB of edits take less than 20 MB."""
+    request = {"prompt": "x" * 500_000}
+    with database.write_session() as session:
+        for number in range(80):
+            fields = {
+                "kind": "edit",
+                "model": MODEL,
+                "status": "queued",
+                "actor": "a",
+                "subject": "x",
+                "fact_key": "x",
+            }
+            times = {"created": now(), "updated": now()}
+            session.add(Job(id=f"edit_{number:03}", request=request, **fields, **times))
+    with database.read_session() as session:
+        tracemalloc.start()
+        try:
+            count = sum(1 for _ in row_digests(session, EDIT))
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert count > 80
+    assert peak < 20_000_000
