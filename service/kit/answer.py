@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import regex
 
+from service.kit.text import SPACELESS_SCRIPTS
+
 MAX_WORDS = 6  # of an object; more words before a boundary are a clause
 _ELLIPSIS = "\u2026"
 #: what ends a sentence, a clause or an item of a list, in any script; a word space of Ethiopic is one of these marks
@@ -12,8 +14,7 @@ TERMINAL_MARK = rf"[\p{{Terminal_Punctuation}}{_ELLIPSIS}--\u1361]"
 # Word boundaries of Unicode (UAX #29, WB6, WB7, WB11, WB12): these marks can lie inside a word or a number.
 _INSIDE_A_WORD = r"(?<=\p{L})[\p{WB=MidLetter}\p{WB=MidNumLet}](?=\p{L})"
 _INSIDE_A_NUMBER = r"(?<=\p{Nd})[\p{WB=MidNum}\p{WB=MidNumLet}:](?=\p{Nd})"
-#: scripts that separate phrases, not words, by spaces
-_SPACELESS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}\u30fc"
+_SPACELESS = SPACELESS_SCRIPTS + r"\u30fc"
 _ABBREVIATION = r"(?:St|Mt|Ft|Mr|Mrs|Ms|Dr|Prof|Gen|Col|Capt|Lt|Sgt)"  # before a name
 #: a full stop after an initial ("J. K. Rowling", "George W. Bush") or an abbreviation, when a name follows
 _BEFORE_A_NAME = rf"(?:(?:(?<=^(?:\p{{Lu}}\.)*\p{{Lu}})|(?<=\p{{Lu}}[\p{{L}}.]*\s\p{{Lu}})|(?<=\b{_ABBREVIATION}))\.(?=\s\p{{Lu}}))"

@@ -16,8 +16,10 @@ from service.errors import InvalidInput
 PLACEHOLDER = "{}"
 _UNUSABLE_CHARACTER = re.compile("[\x00\ud800-\udfff]")  # NUL and lone surrogates
 Span = tuple[int, int]
-#: scripts in which other words follow a word without a space
-JOINED_SCRIPTS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+#: scripts that separate phrases, not words, by spaces
+SPACELESS_SCRIPTS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+#: scripts in which other words, or particles, follow a word without a space
+JOINED_SCRIPTS = SPACELESS_SCRIPTS + r"\p{Hangul}"
 _SPACED_CHARACTER = rf"[[\p{{L}}\p{{M}}\p{{N}}]--[{JOINED_SCRIPTS}]]"  # a part of a word that spaces delimit
 
 

@@ -149,7 +149,7 @@ class TextEncoder:
         found = {
             token_id: name
             for token_id, name in self._special_tokens.items()
-            if name in text or self._normalize(name) in normalized_text
+            if name in text or self._normalized_special_tokens[token_id] in normalized_text
         }
         if not found:
             return
@@ -163,6 +163,10 @@ class TextEncoder:
     def _normalize(self, text: str) -> str:
         normalizer = self.tokenizer.normalizer
         return text if normalizer is None else normalizer.normalize_str(text)
+
+    @cached_property
+    def _normalized_special_tokens(self) -> Mapping[int, str]:
+        return {i: self._normalize(name) for i, name in self._special_tokens.items()}
 
     @cached_property
     def _special_tokens(self) -> Mapping[int, str]:
