@@ -60,8 +60,8 @@ class EditorContext:
     """The recipe, contexts, statistics and reference texts of one base model. Missing ones are computed when first
     needed.
 
-    All that takes long is a task of `queue`: whoever needs a corpus or statistics waits for the same task. In a worker
-    the engine runs it between the steps of other work.
+    A long computation is a task of `queue`: all callers that need a corpus or statistics wait for the same task. In a
+    worker the engine runs the task between the steps of other work.
     """
 
     def __init__(

@@ -37,7 +37,7 @@ from service.editing.measure import (
     measure_baseline,
     require_other_answer,
 )
-from service.editing.probes import Probe
+from service.editing.probes import NO_OBJECT, Probe
 from service.editing.strengthen import Assessment, choose_strengths
 from service.engine.versioned_model import VersionedModel
 from service.errors import Cancelled, Conflict, DigestMismatch, InvalidInput, Unavailable
@@ -58,7 +58,6 @@ from service.schemas import EditRequest
 from service.weights.factors import DenseUpdate, EditUpdate, deserialize_updates, serialize_updates
 
 ANSWER_TOKENS = 16  # of the answer whose beginning is the true object, where a request names none
-NO_OBJECT = "?"  # the true object where the base model gives no answer
 HEAD_MOVED = Progress(Phase.RETRY, 0, 1)
 JOB_ENDED = Progress(Phase.COMMIT, 1, 1)
 

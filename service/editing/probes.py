@@ -17,6 +17,8 @@ from service.models.scoring import score_targets
 from service.schemas import Objective
 from service.scores.hase_scores import erasure_share, rewrite_share
 
+NO_OBJECT = "?"  #: the true object where the base model gives no answer
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -106,7 +108,7 @@ def effect_share(objective: Objective, before: ProbeResult, after: ProbeResult) 
 
 def probe_of_entry(body: Mapping[str, Any]) -> Probe:
     """Return the rewrite probe of a ledger entry."""
-    true = str(body.get("resolved_true") or body.get("target_true") or "?")
+    true = str(body.get("resolved_true") or body.get("target_true") or NO_OBJECT)
     prompt = fill_prompt(str(body["prompt"]), str(body["subject"])).text
     objective: Objective = body.get("objective", "write")
     new = str(body["target_new"]) if objective == "write" else true

@@ -73,8 +73,8 @@ class BackgroundWork(Protocol):
 
 
 class Engine:
-    """Serves one replica: calls of the given kinds, and jobs of the kinds that have handlers. `preparation` is work
-    that is nobody's job.
+    """Serves one replica: calls of the given kinds, and jobs of the kinds that have handlers. `preparation` is
+    background work without a job.
 
     Only `served_version`, `last_step_at` and `hung` may be used from other threads than the one that calls `run`.
     """

@@ -32,7 +32,7 @@ def fetch_model(
 ) -> FetchRecord:
     """Fetch a model from the first origin that has it, unless it is there already. Return its record.
 
-    `report` is told the progress of a download, `notify` what happens. Several processes may fetch at once: one
+    `report` receives the progress of a download, `notify` messages. Several processes may fetch at once: one
     downloads and the others wait.
     """
     models.path.mkdir(parents=True, exist_ok=True)

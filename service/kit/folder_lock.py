@@ -28,7 +28,7 @@ def once_in_folder(path: Path | None, stepper: Stepper[T]) -> Stepper[T]:
     """Run the steps while no other process runs them, and read its progress meanwhile. Work whose results lie in the
     folder by then finds them there.
 
-    `path`: of the lock. None: the work is shared with nobody.
+    `path`: of the lock. None: no other process shares the work.
     """
     with closing(stepper):
         if path is None:

@@ -1,4 +1,4 @@
-"""Computations that several steppers wait for: the steps of each run once, whoever waits for its result."""
+"""Computations that several steppers wait for. The steps of each run once."""
 
 from __future__ import annotations
 

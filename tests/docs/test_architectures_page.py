@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
-from tests.support.paths import ROOT
+from tests.support.generated_pages import load_page_program
 
 
 def test_architectures_page_is_current() -> None:
     """docs/architectures.md is what docs/architectures.py writes from the table and the tests of this code."""
-    spec = importlib.util.spec_from_file_location("architectures_page", ROOT / "docs" / "architectures.py")
-    assert spec is not None and spec.loader is not None
-    page = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(page)
+    page = load_page_program("architectures")
     assert page.PAGE.read_text(encoding="utf-8") == page.render(), "run: python docs/architectures.py"

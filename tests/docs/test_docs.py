@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import re
 import shlex
@@ -18,6 +17,7 @@ from cli.client import ClientSettings
 from cli.flags import default_text, flag_name, variable_name
 from cli.main import build_parser
 from service.settings import Settings
+from tests.support.generated_pages import load_page_program
 from tests.support.page_blocks import doc_pages
 from tests.support.paths import ROOT
 
@@ -76,10 +76,7 @@ def test_routes_are_documented() -> None:
 
 def test_reference_is_up_to_date() -> None:
     """docs/reference.md equals the output of docs/reference.py for the OpenAPI document of this code."""
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
-    assert spec is not None and spec.loader is not None
-    reference = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(reference)
+    reference = load_page_program("reference")
     assert read_page("docs/reference.md") == reference.render(reference.document()), (
         "run: python docs/reference.py"
     )

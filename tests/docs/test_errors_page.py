@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
-from tests.support.paths import ROOT
+from tests.support.generated_pages import load_page_program
 
 
 def test_errors_page_is_current() -> None:
     """docs/errors.md is what docs/errors.py writes from the error classes of this code."""
-    spec = importlib.util.spec_from_file_location("errors_page", ROOT / "docs" / "errors.py")
-    assert spec is not None and spec.loader is not None
-    page = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(page)
+    page = load_page_program("errors")
     assert page.PAGE.read_text(encoding="utf-8") == page.render(), "run: python docs/errors.py"

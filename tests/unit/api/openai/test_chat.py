@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,10 @@ from service.application.api_keys import ApiKeys
 from service.application.caller import CallerLimits
 from tests.support.application import FakeWorker, TestApp, tokenizer
 from tests.support.chat_templates import MISTRAL, START, STOP
-from tests.support.local_server import run_http_server
 
 HI: Any = [{"role": "user", "content": "Hi"}]
 #: "Hi" in ChatML
 HI_TEXT = f"{START}system\nYou are a helpful assistant{STOP}\n{START}user\nHi{STOP}\n{START}assistant\n"
-
-
-@pytest.fixture
-def openai_client(test_app: TestApp, worker: FakeWorker) -> Iterator[OpenAI]:
-    """The official OpenAI client, connected to the application over a real socket."""
-    with (
-        run_http_server(test_app.app) as url,
-        OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
-    ):
-        yield client
 
 
 @pytest.fixture(scope="module")

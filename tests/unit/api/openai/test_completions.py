@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -14,17 +13,7 @@ from starlette.testclient import TestClient
 from service.application.api_keys import ApiKeys
 from service.application.caller import CallerLimits
 from tests.support.application import PROMPT, TOWER, FakeWorker, TestApp
-from tests.support.local_server import run_http_server, wait_until
-
-
-@pytest.fixture
-def openai_client(test_app: TestApp, worker: FakeWorker) -> Iterator[OpenAI]:
-    """The official OpenAI client, connected to the application over a real socket."""
-    with (
-        run_http_server(test_app.app) as url,
-        OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
-    ):
-        yield client
+from tests.support.local_server import wait_until
 
 
 def create_edit(client: TestClient) -> dict[str, Any]:
