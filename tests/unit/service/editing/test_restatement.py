@@ -73,7 +73,7 @@ def test_without_a_usable_template_the_restatement_is_plain_text(template: str |
 @pytest.mark.parametrize("template", [CHATML, None])
 @pytest.mark.parametrize("name", STATEMENTS)
 def test_the_parts_of_the_target_are_the_subject_and_the_object(name: str, template: str | None) -> None:
-    """The prompt ends before the second mention; the first tokens of the target are the subject, the last the object."""
+    """The prompt ends before the second mention; the target begins with the subject and ends with the object."""
     model, statement = chat_model(template), STATEMENTS[name]
     found = restate(model, statement)
     subject = statement.text[slice(*statement.span)]
@@ -149,14 +149,35 @@ def test_the_loss_has_the_name_and_the_object_of_the_restatement(
     """The batched loss equals the weighted sum that is computed row by row, with delta at both mentions."""
     model = chat_model(template, model_type, dtype=torch.float64)
     p = RomeParameters(
-        layers=(1,), steps=4, stop_loss=0, clamp=100.0, restatement_weight=0.3, subject_weight=0.7
+        layers=(1,),
+        steps=4,
+        learning_rate=0.01,
+        stop_loss=0,
+        restatement_weight=0.3,
+        subject_weight=0.7,
     )
     tokenized = tokenize_contexts(model, STATEMENT, "São Paulo", CONTEXTS, restated=True)
     spec = ValueSearchSpec(tokenized, p, objective=objective)
     (value,) = run_to_completion(optimize_values(model, DeltaSite(1), [spec]))
     expected = oracle_loss(model, tokenized, p, objective, value)
     assert value.losses[-1] == pytest.approx(expected, rel=1e-5)
-    assert value.losses[-1] < value.losses[0]
+
+
+def test_a_small_step_makes_the_name_and_the_object_more_probable() -> None:
+    """Without the terms of the size of delta, the first small step lowers the loss of the restatement."""
+    model = chat_model(dtype=torch.float64)
+    p = RomeParameters(
+        layers=(1,),
+        steps=2,
+        learning_rate=1e-3,
+        stop_loss=0,
+        weight_decay=0,
+        kl_factor=0,
+        restatement_weight=1,
+    )
+    spec = ValueSearchSpec(tokenize_contexts(model, STATEMENT, "Rome", CONTEXTS, restated=True), p)
+    (value,) = run_to_completion(optimize_values(model, DeltaSite(1), [spec]))
+    assert value.losses[1] < value.losses[0]
 
 
 def test_rows_of_other_edits_are_not_changed_at_later_mentions() -> None:
