@@ -3,10 +3,11 @@ it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from service.editing.edit_spec import EditFactors
+from service.editing.greedy_text import GreedyText
 from service.editing.probes import Probe, ProbeResult
 from service.kit.text import fact_key
 from service.methods.parameters import Parameters
@@ -63,3 +64,5 @@ class VersionMeasurement:
     holding_edits: set[str]  #: the active edits among the regression probes that hold
     #: of the rewrite probe when the superseded edits are left out; None when that makes no difference
     rewrite_without_superseded: ProbeResult | None = None
+    #: of `ResolvedEdit.neighborhood_probes`, in their order
+    neighbor_texts: list[GreedyText] = field(default_factory=list)
