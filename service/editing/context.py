@@ -351,8 +351,9 @@ def build_editor_context(
     corpus: Path | None = None,
     tokens: int | None = None,
     recipe: Recipe | None = None,
+    facts: Path | None = None,
 ) -> Stepper[EditorContext]:
     """Load or compute everything that the recipe needs, and store it in the folder: see `open_editor_context`."""
-    context = open_editor_context(model, folder, corpus, tokens, recipe)
+    context = open_editor_context(model, folder, corpus, tokens, recipe, facts)
     yield from context.prepare()
     return context

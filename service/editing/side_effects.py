@@ -97,5 +97,5 @@ def _change(outcome: NeighborOutcome) -> dict[str, str | None]:
 
 def _reason_of_none(resolved_edit: ResolvedEdit) -> str:
     if resolved_edit.request.given_neighbors is None:
-        return "no neighbour with an answer was found: give some in `probes.neighborhood`"
-    return 'the request gives no neighbours: leave `probes` out, or give "auto"'
+        return "no neighbor with an answer was found: give some in `probes.neighborhood`"
+    return 'the request gives no neighbors: leave `probes` out, or give "auto"'

@@ -130,6 +130,7 @@ class EditingHarness:
             "target_new": new,
             "target_true": true,
             "guard": LOOSE_GUARD,
+            "probes": {},
         }
         return str(
             self.services.edits.submit([EditRequest.model_validate(request | more)], "somebody")[0]["id"]
