@@ -53,7 +53,7 @@ def side_effect_lines(result: JobJson) -> Iterator[str]:
     """Yield how many of the probes that the service found are right, and what else the edit changed."""
     rewordings, neighbors = _found_probes(result, "paraphrase"), _found_probes(result, "neighborhood")
     if rewordings:
-        follow = sum(probe["after"]["new"] > probe["after"]["true"] for probe in rewordings)
+        follow = sum(map(_prefers_new, rewordings))
         yield f"paraphrases: the new object is the more probable one after {follow} of {len(rewordings)}"
     side_effects = result.get("side_effects") or {}
     if neighbors:
@@ -72,7 +72,12 @@ def _found_probes(result: JobJson, kind: str) -> list[JobJson]:
 
 def is_given(probe: JobJson) -> bool:
     """Whether the request gave a probe; otherwise the service found it."""
-    return probe.get("source", "request") == "request"
+    return bool(probe.get("source", "request") == "request")
+
+
+def _prefers_new(probe: JobJson) -> bool:
+    new, true = probe["after"]["new"], probe["after"]["true"]
+    return None not in (new, true) and bool(new > true)  # a figure that is not finite is null
 
 
 def layer_search_text(search: JobJson) -> str:

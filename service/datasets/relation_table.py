@@ -20,7 +20,7 @@ from service.kit.steps import Phase, Progress, Stepper
 from service.kit.text import PLACEHOLDER, fill_prompt, normalize_whitespace
 
 ROWS_PER_STEP = 250
-_ARTICLE = re.compile(r"\bthe (?=\{\})", re.IGNORECASE)
+_ARTICLE = re.compile(r"\bthe\s+(?=\{\})", re.IGNORECASE)
 
 
 @dataclass

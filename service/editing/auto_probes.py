@@ -16,8 +16,9 @@ import random
 from dataclasses import dataclass
 
 from service.datasets.relation_table import RelationMatch
+from service.editing.candidate import FoundNeighbors
 from service.editing.context import EditorContext
-from service.editing.greedy_text import generate_greedy
+from service.editing.greedy_text import GreedyText, generate_greedy
 from service.editing.key_response import KeyResponse
 from service.editing.like_subjects import list_like_subjects
 from service.editing.probes import Probe, ProbeSource, probe_fits
@@ -31,18 +32,13 @@ from service.methods.registry import DEFAULT_METHOD
 from service.models.loading import LoadedModel
 from service.schemas import EditRequest
 
-MAX_PARAPHRASES = 8
+MAX_PARAPHRASES = 6
 MAX_NEIGHBORS = 8
 MAX_EDIT_NEIGHBORS = 2  #: that are subjects of active edits
 TABLE_SUBJECTS = 24  #: of the table, drawn with a seed, of which those with the greatest response are taken
-MAX_ASKED = 12  #: subjects that are asked for an answer
+MAX_ASKED = 10  #: subjects that are asked for an answer
 #: sentences before the prompt that do not depend on its relation
-TEMPLATES = (
-    "It is a well-known fact. {}",
-    "I looked it up. {}",
-    "As everyone here knows: {}",
-    "Here is the answer. {}",
-)
+TEMPLATES = ("It is a well-known fact. {}", "I looked it up. {}", "As everyone here knows: {}")
 
 
 @dataclass(frozen=True)
@@ -82,13 +78,13 @@ class AutoProbes:
         probes = (self._probe(text, self._rewrite.true, source) for text, source in texts.items())
         return [probe for probe in probes if probe is not None]
 
-    def find_neighbors(self, version: int) -> Stepper[list[Probe]]:
+    def find_neighbors(self, version: int) -> Stepper[FoundNeighbors]:
         """Return at most `MAX_NEIGHBORS` prompts about other subjects, with their answers at a version."""
         subjects = yield from self._like_subjects(version)
         prompts = [fill_prompt(self._request.prompt, subject.name).text for subject in subjects]
         weights = yield from self._replica.weights_in_steps(version)
         texts = yield from self._replica.step_with_weights(weights, generate_greedy(self._model, prompts))
-        probes: list[Probe] = []
+        found: list[tuple[Probe, GreedyText]] = []
         for subject, prompt, text in zip(subjects, prompts, texts, strict=True):
             if not text.answer or normalize_whitespace(text.answer) == normalize_whitespace(
                 self._rewrite.new
@@ -96,8 +92,9 @@ class AutoProbes:
                 continue  # no answer, or one in which a change to the new object cannot be seen
             probe = self._probe(prompt, text.answer, subject.source, subject.name)
             if probe is not None:
-                probes.append(probe)
-        return probes[:MAX_NEIGHBORS]
+                found.append((probe, text))
+        found = found[:MAX_NEIGHBORS]
+        return FoundNeighbors(version, [probe for probe, _ in found], [text for _, text in found])
 
     def _match(self) -> Stepper[RelationMatch | None]:
         table = yield from self._context.get_relation_table()

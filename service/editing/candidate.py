@@ -16,6 +16,15 @@ from service.schemas import EditRequest
 
 
 @dataclass(frozen=True)
+class FoundNeighbors:
+    """The neighbours that the service found for an edit, with the greedy continuations at the version of the search."""
+
+    version: int
+    probes: list[Probe]
+    texts: list[GreedyText]
+
+
+@dataclass(frozen=True)
 class ResolvedEdit:
     """The request of an edit with its hyperparameters and probes resolved."""
 
@@ -24,6 +33,7 @@ class ResolvedEdit:
     rewrite_probe: Probe
     paraphrase_probes: list[Probe]
     neighborhood_probes: list[Probe]
+    found_neighbors: FoundNeighbors | None = None  #: where `neighborhood_probes` are not those of the request
     layer_search: dict[str, Any] | None = None  #: how its layer was chosen, where the recipe left it open
 
     @property

@@ -412,9 +412,9 @@ def resolve_edit(
     else:
         paraphrases = yield from _with_separators(model, _given_paraphrases(request, rewrite), request)
     if request.given_neighbors is None:
-        neighbors = yield from auto.find_neighbors(replica.head())
-    else:
-        neighbors = yield from _with_separators(model, _given_neighbors(request, rewrite), request)
+        found = yield from auto.find_neighbors(replica.head())
+        return ResolvedEdit(request, parameters, rewrite, paraphrases, found.probes, found)
+    neighbors = yield from _with_separators(model, _given_neighbors(request, rewrite), request)
     return ResolvedEdit(request, parameters, rewrite, paraphrases, neighbors)
 
 

@@ -1,8 +1,9 @@
-"""Subjects like another one, as the base model enumerates them."""
+"""Subjects like another one, as the base model enumerates them after a few examples of such lists."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from service.engine.decoding import DecodingBatch, new_sequence
 from service.errors import InvalidInput
@@ -11,35 +12,39 @@ from service.kit.steps import Phase, Progress, Stepper
 from service.models.loading import LoadedModel
 from service.schemas import Sampling
 
-#: beginnings of enumerations; the subject stands in place of {}
-LIST_PROMPTS = ("Similar to {}:", "A list of names of the same kind: {},")
-LIST_TOKENS = 32
-SAMPLES = 2  #: of each beginning, beside its greedy continuation
-SAMPLING = {"temperature": 0.7, "top_p": 0.9, "seed": 0}
+#: one list for each of several kinds of names; without them a small model repeats the name or describes it
+EXAMPLES = (
+    "Like France: Norway, Peru, Kenya, Canada, Thailand",
+    "Like London: Berlin, Madrid, Vienna, Chicago, Sydney",
+    "Like Big Ben: Golden Gate Bridge, Taj Mahal, Colosseum, Sydney Opera House",
+    "Like Isaac Newton: Charles Darwin, Niels Bohr, Galileo Galilei, Max Planck",
+    "Like Ford: Toyota, Fiat, Volvo, Honda, Chrysler",
+    "Like piano: guitar, violin, flute, drum, trumpet",
+)
+LIST_TOKENS = 24
 
 
 def list_like_subjects(model: LoadedModel, subject: str) -> Stepper[list[str]]:
-    """Return names of the same kind as a subject, those first that most of the model's enumerations contain.
-
-    The enumerations are continued greedily and sampled with a fixed seed, so that the result is the same each time.
-    """
-    texts = yield from _continue_lists(model, subject)
+    """Return names of the same kind as a subject: those first that more of the model's greedy lists contain, after the
+    examples in either order."""
+    texts = yield from _continue_lists(
+        model, [_list_prompt(EXAMPLES, subject), _list_prompt(EXAMPLES[::-1], subject)]
+    )
     capital = begins_with_capital(subject)
     votes = Counter(name for text in texts for name in parse_names(text, capital))
     return sorted(votes, key=lambda name: -votes[name])
 
 
-def _continue_lists(model: LoadedModel, subject: str) -> Stepper[list[str]]:
+def _list_prompt(examples: Sequence[str], subject: str) -> str:
+    return "\n".join([*examples, f"Like {subject}:"])
+
+
+def _continue_lists(model: LoadedModel, prompts: Sequence[str]) -> Stepper[list[str]]:
+    """Return the greedy continuations up to the end of a line, which is their last character where it was reached."""
     greedy = Sampling(max_new_tokens=LIST_TOKENS, stop=["\n"])
-    sampled = Sampling.model_validate({"max_new_tokens": LIST_TOKENS, "stop": ["\n"], **SAMPLING})
-    choices = [(greedy, 0), *((sampled, number) for number in range(SAMPLES))]
     try:
-        rows = [
-            new_sequence(model, prompt.replace("{}", subject), *choice)
-            for prompt in LIST_PROMPTS
-            for choice in choices
-        ]
-    except InvalidInput:  # the subject fills all positions of the model
+        rows = [new_sequence(model, prompt, greedy) for prompt in prompts]
+    except InvalidInput:  # the examples fill all positions of the model
         return []
     batch = DecodingBatch(model, rows)
     step = 0

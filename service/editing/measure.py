@@ -17,7 +17,7 @@ import torch
 from service.editing.candidate import CandidateEdit, ResolvedEdit, VersionMeasurement
 from service.editing.conflicts import ConflictCandidate, find_conflict_candidates
 from service.editing.context import EditorContext
-from service.editing.greedy_text import generate_greedy
+from service.editing.greedy_text import GreedyText, generate_greedy
 from service.editing.guard import (
     GuardResult,
     add_conflicts_and_capacity,
@@ -234,9 +234,7 @@ def measure_version(
     results = iter((yield from run_probes(replica.base, [*probes, *regression_probes.values()])))
     results_by_edit = [[next(results) for _ in plan.probes] for plan in resolved_edits]
     holding = {edit for edit, question in regression_probes.items() if edit_holds(question, next(results))}
-    prompts = [q.prompt for plan in resolved_edits for q in (plan.rewrite_probe, *plan.neighborhood_probes)]
-    texts = iter((yield from generate_greedy(replica.base, prompts)))
-    texts_by_edit = [[next(texts) for _ in (0, *plan.neighborhood_probes)] for plan in resolved_edits]
+    texts_by_edit = yield from _generate_texts(replica, resolved_edits, version)
     perplexity = context.perplexities.get(version) if version is not None else None
     if perplexity is None:
         perplexity = yield from compute_perplexity(replica.base, context.reference_texts)
@@ -246,6 +244,28 @@ def measure_version(
         VersionMeasurement(results, preview.text, perplexity, holding, neighbor_texts=neighbor_texts)
         for results, (preview, *neighbor_texts) in zip(results_by_edit, texts_by_edit, strict=True)
     ]
+
+
+def _generate_texts(
+    replica: VersionedModel, resolved_edits: Sequence[ResolvedEdit], version: int | None
+) -> Stepper[list[list[GreedyText]]]:
+    """Return for each edit the greedy continuations of its prompt and of its neighbours. Those of neighbours that the
+    service found at this version are known."""
+    known = [_known_texts(plan, version) for plan in resolved_edits]
+    prompts = [
+        [plan.rewrite_probe.prompt, *(q.prompt for q in plan.neighborhood_probes if texts is None)]
+        for plan, texts in zip(resolved_edits, known, strict=True)
+    ]
+    generated = iter((yield from generate_greedy(replica.base, [p for group in prompts for p in group])))
+    return [
+        [*(next(generated) for _ in group), *(texts or ())]
+        for group, texts in zip(prompts, known, strict=True)
+    ]
+
+
+def _known_texts(resolved_edit: ResolvedEdit, version: int | None) -> list[GreedyText] | None:
+    found = resolved_edit.found_neighbors
+    return found.texts if found is not None and found.version == version else None
 
 
 def _norm_ratios(

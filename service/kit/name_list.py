@@ -31,8 +31,8 @@ _CLAUSE_WORDS = {
     "as",
     "such",
     "including",
-    "is",
 }
+_VERBS = {"is", "are", "was", "were", "has", "have", "had"}
 
 
 def parse_names(text: str, capital: bool = True) -> list[str]:
@@ -73,6 +73,7 @@ def _is_name(name: str, capital: bool) -> bool:
         and regex.search(r"[\p{L}\p{N}]", name) is not None
         and name.casefold() not in _NOT_NAMES
         and name.split(maxsplit=1)[0] not in _CLAUSE_WORDS
+        and _VERBS.isdisjoint(name.split())
         and "{}" not in name
         and (not capital or begins_with_capital(name))
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from service.covariance.corpus import Corpus
-from service.editing import auto_probes, like_subjects
+from service.editing import auto_probes, like_subjects, measure
 from service.editing.auto_probes import MAX_ASKED, MAX_NEIGHBORS, MAX_PARAPHRASES, TEMPLATES
 from service.editing.candidate import CandidateEdit, ResolvedEdit
 from service.editing.context import EditorContext, open_editor_context
@@ -214,6 +214,25 @@ def test_an_unreadable_table_is_not_used(tmp_path: Path) -> None:
     path = tmp_path / "facts.jsonl"
     path.write_text("{", encoding="utf-8")
     assert resolve(path).paraphrase_probes == resolve(None).paraphrase_probes
+
+
+def test_known_answers_are_not_asked_again(facts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answers of the neighbours at the version of the search are those of the baseline at that version; at another
+    version the model is asked again."""
+    edit, context = resolve(facts), context_for(facts)
+    asked: list[str] = []
+    generate = generate_greedy
+
+    def recorded(model: LoadedModel, prompts: Sequence[str], *rest: Any) -> Stepper[Any]:
+        asked.extend(prompts)
+        return (yield from generate(model, prompts, *rest))
+
+    monkeypatch.setattr(measure, "generate_greedy", recorded)
+    (known,) = run_to_completion(measure.measure_version(replica(), context, [edit], {}, 0))
+    assert asked == [edit.rewrite_probe.prompt]
+    (again,) = run_to_completion(measure.measure_version(replica(), context, [edit], {}))
+    assert asked[1:] == [edit.rewrite_probe.prompt, *(p.prompt for p in edit.neighborhood_probes)]
+    assert known.neighbor_texts == again.neighbor_texts
 
 
 def test_the_model_s_enumerations_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

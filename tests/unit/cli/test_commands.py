@@ -263,9 +263,9 @@ def test_edit_says_what_else_changed(fake: FakeService, capsys: Captured) -> Non
     """Probes that the service found are one line for each kind, and each changed answer is a line; side effects that
     were not measured are reported with the reason."""
     edit = edit_with_result("applied", version=7)
-    result = edit["result"]
+    result, after = edit["result"], {"new": 0.8, "true": 0.1}
     for kind in ("paraphrase", "neighborhood"):
-        result[kind] = [probe | {"source": "facts"} for probe in result[kind]]
+        result[kind] = [probe | {"source": "facts", "after": after} for probe in result[kind]]
     change = {"prompt": "Louvre in", "subject": "Louvre", "before": "Paris", "after": "Rome"}
     result["also_changed"] = [change, change | {"subject": None, "after": ""}]
     result["side_effects"] = {"measured": True, "neighbors": 3, "changed": 2, "reason": None}

@@ -37,7 +37,7 @@ def table(tmp_path: Path) -> RelationTable:
     return run_to_completion(load_relation_table(path))
 
 
-@pytest.mark.parametrize("prompt", ["The {} is located in", "the  {} is located in", "{} is located in"])
+@pytest.mark.parametrize("prompt", ["The {} is located in", "the  {}  is Located in", "{} is located in"])
 def test_a_relation_is_recognised_by_its_wording(table: RelationTable, prompt: str) -> None:
     """A prompt that is a wording of the table has its relation, for an unknown subject too, whatever its article, white
     space and capitals."""

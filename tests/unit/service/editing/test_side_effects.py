@@ -82,7 +82,7 @@ def test_an_answer_stays_if_the_continuation_begins_with_it(before: str, after: 
 
 def test_the_list_is_bounded() -> None:
     """At most so many changes are listed; the number of all is reported."""
-    many = dict.fromkeys(map(str, range(MAX_REPORTED_CHANGES + 5)), "request")
+    many: dict[str, ProbeSource] = dict.fromkeys(map(str, range(MAX_REPORTED_CHANGES + 5)), "request")
     edit = resolved(many)
     report = side_effect_report(edit, measured([PARIS] * len(many)), measured([ROME] * len(many)))
     assert len(report["also_changed"]) == MAX_REPORTED_CHANGES
