@@ -4,8 +4,8 @@
     python bench/guard.py --cases 100
 
 Every edit is computed on the base model. The guard evaluates it alone at strength 1, with two paraphrases and
-five neighbours of the record or, with `--auto`, with the probes that the service finds. Facts at even indices of the seeded order are used to choose limits, those at odd indices to
-report results.
+five neighbours of the record or, with `--auto`, with the probes that the service finds. Facts at even indices of the
+seeded order are used to choose limits, those at odd indices to report results.
 """
 
 from __future__ import annotations

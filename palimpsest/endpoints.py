@@ -42,8 +42,8 @@ class Neighbour(TypedDict):
 
 
 class Probes(TypedDict, total=False):
-    """Prompts that measure an edit: paraphrases that must change, and neighbours that must not. "auto": the service finds
-    them."""
+    """Prompts that measure an edit: paraphrases that must change, and neighbours that must not. "auto": the service
+    finds them."""
 
     paraphrase: Sequence[str] | Literal["auto"]
     neighborhood: Sequence[Neighbour] | Literal["auto"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from service.engine.decoding import DecodingBatch, new_sequence
 from service.errors import InvalidInput
-from service.kit.name_list import begins_with_capital, parse_names
+from service.kit.name_list import begins_with_capital, enumerated_names
 from service.kit.steps import Phase, Progress, Stepper
 from service.models.loading import LoadedModel
 from service.schemas import Sampling
@@ -31,7 +31,7 @@ def list_like_subjects(model: LoadedModel, subject: str) -> Stepper[list[str]]:
         model, [_list_prompt(EXAMPLES, subject), _list_prompt(EXAMPLES[::-1], subject)]
     )
     capital = begins_with_capital(subject)
-    votes = Counter(name for text in texts for name in parse_names(text, capital))
+    votes = Counter(name for text in texts for name in enumerated_names(text, capital))
     return sorted(votes, key=lambda name: -votes[name])
 
 

@@ -35,7 +35,7 @@ _CLAUSE_WORDS = {
 _VERBS = {"is", "are", "was", "were", "has", "have", "had"}
 
 
-def parse_names(text: str, capital: bool = True) -> list[str]:
+def enumerated_names(text: str, capital: bool = True) -> list[str]:
     """Return the names of an enumeration in their order, without articles and marks, up to its first item that is none.
 
     The last item counts only where a sentence ends it: it may be cut off. `capital`: in a script with capitals a name

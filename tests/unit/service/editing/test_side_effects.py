@@ -99,7 +99,8 @@ def test_the_list_is_bounded() -> None:
     ],
 )
 def test_a_report_without_neighbours_says_so(probes: Any, reason: str) -> None:
-    """Side effects that were not measured are reported as such, with the reason, and the guard has no figure of them."""
+    """Side effects that were not measured are reported as such, with the reason, and the guard has no figure of
+    them."""
     edit = resolved({}, probes)
     report = side_effect_report(edit, measured([]), measured([]))
     assert not report["side_effects"]["measured"] and reason in report["side_effects"]["reason"]
@@ -108,8 +109,8 @@ def test_a_report_without_neighbours_says_so(probes: Any, reason: str) -> None:
 
 
 def test_the_guard_counts_found_neighbours_by_their_answers() -> None:
-    """A neighbour that the service found is lost if its greedy answer is another one, also where neither object is said;
-    one of the request if the new object is preferred to its own."""
+    """A neighbour that the service found is lost if its greedy answer is another one, also where neither object is
+    said; one of the request if the new object is preferred to its own."""
     found, given = (
         resolved({"Louvre": "model", "Zoo": "facts"}),
         resolved({"Louvre": "request", "Zoo": "request"}),

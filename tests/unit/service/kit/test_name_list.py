@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.kit.name_list import MAX_NAME_LENGTH, begins_with_capital, parse_names
+from service.kit.name_list import MAX_NAME_LENGTH, begins_with_capital, enumerated_names
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from service.kit.name_list import MAX_NAME_LENGTH, begins_with_capital, parse_na
 )
 def test_names_are_separated(text: str, names: list[str]) -> None:
     """Names have no articles, numbers, quotes and marks around them, and each is returned once, in any script."""
-    assert parse_names(text) == names
+    assert enumerated_names(text) == names
 
 
 @pytest.mark.parametrize(
@@ -40,17 +40,17 @@ def test_names_are_separated(text: str, names: list[str]) -> None:
 def test_the_list_ends_where_prose_begins(text: str, names: list[str]) -> None:
     """A name that may be cut off at the end of the text does not count, and nothing after a line's end or an item
     that is no name."""
-    assert parse_names(text) == names
+    assert enumerated_names(text) == names
 
 
 def test_names_without_capitals_are_accepted_for_such_subjects() -> None:
     """Items in small letters are names where the subject is written so, and otherwise the beginning of prose."""
-    assert parse_names(" viola, the cello, harp.", capital=begins_with_capital("violin")) == [
+    assert enumerated_names(" viola, the cello, harp.", capital=begins_with_capital("violin")) == [
         "viola",
         "cello",
         "harp",
     ]
-    assert parse_names(" viola, cello.", capital=begins_with_capital("Violin")) == []
+    assert enumerated_names(" viola, cello.", capital=begins_with_capital("Violin")) == []
     assert begins_with_capital("\u97d3\u56fd")
 
 
@@ -58,6 +58,6 @@ def test_names_without_capitals_are_accepted_for_such_subjects() -> None:
 @given(st.text(max_size=80))
 def test_any_text_gives_usable_names(text: str) -> None:
     """No text is a fault, and no name is empty, long, or contains a separator, a line's end or a placeholder."""
-    for name in parse_names(text, capital=False):
+    for name in enumerated_names(text, capital=False):
         assert name.strip() == name and 0 < len(name) <= MAX_NAME_LENGTH
         assert not set(name) & set(",;\n") and "{}" not in name
