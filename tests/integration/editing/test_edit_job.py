@@ -324,6 +324,18 @@ def test_true_object_defaults_to_base_model_answer(harness: EditingHarness) -> N
     assert first["result"]["target_true"] == second["result"]["target_true"] != "is"
 
 
+def test_active_edits_are_among_the_found_neighbours(harness: EditingHarness) -> None:
+    """The subject of an active edit is a neighbour, with the answer of the version before the new edit; a reverted one
+    is none."""
+    harness.revert(harness.run_edit("Mount Fuji", "in"))
+    harness.run_edit("Big Ben", "city")
+    result = harness.run_edit(probes="auto")["result"]
+    found = [(p["prompt"], p["true"]) for p in result["neighborhood"] if p["source"] == "edits"]
+    assert [prompt for prompt, _ in found] == [PROMPT.replace("{}", "Big Ben")]
+    assert found[0][1].startswith("city")
+    assert result["side_effects"]["measured"]
+
+
 # rejections
 
 
