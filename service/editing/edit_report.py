@@ -12,6 +12,7 @@ from service.editing.context import EditorContext
 from service.editing.edit_spec import EditFactors
 from service.editing.guard import CheckName, GuardResult
 from service.editing.probes import Probe, ProbeResult, edit_holds, neighbor_preserved
+from service.editing.side_effects import side_effect_report
 from service.engine.versioned_model import VersionedModel
 from service.methods.registry import get_method
 from service.models.loading import WeightRef
@@ -34,6 +35,7 @@ def edit_report(
             "prompt": resolved_edit.probes[i].prompt,
             "new": resolved_edit.probes[i].new,
             "true": resolved_edit.probes[i].true,
+            "source": resolved_edit.probes[i].source,
             "before": before.probe_results[i].probabilities(),
             "after": after.probe_results[i].probabilities(),
         }
@@ -44,6 +46,7 @@ def edit_report(
         "rewrite": probabilities(0) | {"text_before": before.preview_text, "text_after": after.preview_text},
         "paraphrase": [probabilities(i) for i in range(1, first_neighbor)],
         "neighborhood": [probabilities(i) for i in range(first_neighbor, len(resolved_edit.probes))],
+        **side_effect_report(resolved_edit, before, after),
         "scores": {"before": _scores(resolved_edit, before), "after": _scores(resolved_edit, after)},
         "perplexity": {"before": before.perplexity, "after": after.perplexity},
         "delta_norm": factors.delta_norm,
