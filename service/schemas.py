@@ -163,6 +163,13 @@ class Guard(RequestModel):
         le=1,
         description="minimum share of the paraphrases for which the new object is more probable than the true one",
     )
+    min_subject: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="minimum probability with which the model names the subject when it restates the fact, as a share of that before "
+        "the edit",
+    )
     max_perplexity: float = Field(
         1.1,
         ge=1,

@@ -34,6 +34,8 @@ class ResolvedEdit:
     paraphrase_probes: list[Probe]
     neighborhood_probes: list[Probe]
     found_neighbors: FoundNeighbors | None = None  #: where `neighborhood_probes` are not those of the request
+    #: whether the model names the subject where it restates the fact (`restatement.py`); its objects are the subject
+    name_probe: Probe | None = None
     layer_search: dict[str, Any] | None = None  #: how its layer was chosen, where the recipe left it open
 
     @property
@@ -74,5 +76,6 @@ class VersionMeasurement:
     holding_edits: set[str]  #: the active edits among the regression probes that hold
     #: of the rewrite probe when the superseded edits are left out; None when that makes no difference
     rewrite_without_superseded: ProbeResult | None = None
+    name: ProbeResult | None = None  #: of `ResolvedEdit.name_probe`
     #: of `ResolvedEdit.neighborhood_probes`, in their order
     neighbor_texts: list[GreedyText] = field(default_factory=list)

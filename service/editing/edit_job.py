@@ -39,6 +39,7 @@ from service.editing.measure import (
     require_other_answer,
 )
 from service.editing.probes import NO_OBJECT, Probe
+from service.editing.restatement import name_prompt
 from service.editing.strengthen import Assessment, choose_strengths
 from service.engine.versioned_model import VersionedModel
 from service.errors import Cancelled, Conflict, DigestMismatch, InvalidInput, Unavailable
@@ -406,6 +407,7 @@ def resolve_edit(
         raise InvalidInput("the base model gives no answer: name the true object.", "target_true")
     rewrite = Probe(prompt, target_new, target_true, objective)
     rewrite = replace(rewrite, separator=(yield from _choose_separator(model, rewrite, request.separator)))
+    name_probe = _name_probe(model, request)
     auto = AutoProbes(replica, context, request, parameters, rewrite)
     if request.given_paraphrases is None:
         paraphrases = yield from auto.find_paraphrases()
@@ -413,9 +415,20 @@ def resolve_edit(
         paraphrases = yield from _with_separators(model, _given_paraphrases(request, rewrite), request)
     if request.given_neighbors is None:
         found = yield from auto.find_neighbors(replica.head())
-        return ResolvedEdit(request, parameters, rewrite, paraphrases, found.probes, found)
+        return ResolvedEdit(request, parameters, rewrite, paraphrases, found.probes, found, name_probe)
     neighbors = yield from _with_separators(model, _given_neighbors(request, rewrite), request)
-    return ResolvedEdit(request, parameters, rewrite, paraphrases, neighbors)
+    return ResolvedEdit(request, parameters, rewrite, paraphrases, neighbors, name_probe=name_probe)
+
+
+def _name_probe(model: LoadedModel, request: EditRequest) -> Probe | None:
+    """Return the probe of the subject's name in a restatement of the fact; None if that exceeds the context length."""
+    prompt, separator = name_prompt(model, fill_prompt(request.prompt, request.subject))
+    name = request.subject.strip()
+    try:
+        model.text_encoder.check(prompt, name, separator)
+    except InvalidInput:
+        return None
+    return Probe(prompt, name, name, separator=separator)
 
 
 def _given_paraphrases(request: EditRequest, rewrite: Probe) -> list[Probe]:

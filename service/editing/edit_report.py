@@ -47,6 +47,7 @@ def edit_report(
         "paraphrase": [probabilities(i) for i in range(1, first_neighbor)],
         "neighborhood": [probabilities(i) for i in range(first_neighbor, len(resolved_edit.probes))],
         **side_effect_report(resolved_edit, before, after),
+        "subject_name": _name_report(resolved_edit, before, after),
         "scores": {"before": _scores(resolved_edit, before), "after": _scores(resolved_edit, after)},
         "perplexity": {"before": before.perplexity, "after": after.perplexity},
         "delta_norm": factors.delta_norm,
@@ -80,6 +81,19 @@ def edit_report(
         },
         "reason": _rejection_reason(guard_result),
         "seconds": round(seconds, 3),
+    }
+
+
+def _name_report(
+    resolved_edit: ResolvedEdit, before: VersionMeasurement, after: VersionMeasurement
+) -> dict[str, Any] | None:
+    """Return the probability of the subject's name where the model restates the fact, before and after."""
+    if resolved_edit.name_probe is None or before.name is None or after.name is None:
+        return None
+    return {
+        "prompt": resolved_edit.name_probe.prompt,
+        "before": before.name.joint_probability,
+        "after": after.name.joint_probability,
     }
 
 
@@ -121,6 +135,7 @@ _REASONS = {
     CheckName.PROBABILITY: "the new object is less probable than required",
     CheckName.PARAPHRASE: "too few paraphrases prefer the new object",
     CheckName.NEIGHBORHOOD: "too many neighborhood prompts lost their answer",
+    CheckName.SUBJECT: "the model no longer names the subject where it restates the fact: the edit changed which subject it reads",
     CheckName.PERPLEXITY: "the perplexity on plain text rose too much",
     CheckName.NORM: "the change of the weight is too large",
     CheckName.CAPACITY: "active edits occupy too much of the edit's key: revert some, or name other layers",

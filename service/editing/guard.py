@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from service.editing.candidate import ResolvedEdit, VersionMeasurement
 from service.editing.conflicts import ConflictCandidate
-from service.editing.probes import ProbeResult, edit_holds, effect_share, probability_of
+from service.editing.probes import ProbeResult, edit_holds, effect_share, name_share, probability_of
 from service.editing.side_effects import neighbor_outcomes
 from service.models.loading import WeightRef
 from service.schemas import Objective
@@ -25,6 +25,7 @@ class CheckName(StrEnum):
     PERPLEXITY = "perplexity"
     NORM = "norm"
     REGRESSIONS = "regressions"
+    SUBJECT = "subject"
     CONFLICT = "conflict"
     CAPACITY = "capacity"
 
@@ -114,6 +115,8 @@ def evaluate_guard(
     if neighbors := [o for o in neighbor_outcomes(resolved_edit, before, after) if o.counts]:
         share = sum(o.is_kept for o in neighbors) / len(neighbors)
         checks.append(_check_at_least(CheckName.NEIGHBORHOOD, share, guard.min_neighborhood))
+    if before.name and after.name and (share_of_name := name_share(before.name, after.name)) is not None:
+        checks.append(_check_at_least(CheckName.SUBJECT, share_of_name, guard.min_subject))
     regressed_edits = sorted(before.holding_edits - after.holding_edits)
     checks += [
         _check_at_most(CheckName.PERPLEXITY, after.perplexity / before.perplexity, guard.max_perplexity),

@@ -231,8 +231,11 @@ def measure_version(
     With the number of a committed version its perplexity is cached.
     """
     probes = [q for plan in resolved_edits for q in plan.probes]
-    results = iter((yield from run_probes(replica.base, [*probes, *regression_probes.values()])))
+    name_probes = [plan.name_probe for plan in resolved_edits if plan.name_probe is not None]
+    all_probes = [*probes, *name_probes, *regression_probes.values()]
+    results = iter((yield from run_probes(replica.base, all_probes)))
     results_by_edit = [[next(results) for _ in plan.probes] for plan in resolved_edits]
+    names = [None if plan.name_probe is None else next(results) for plan in resolved_edits]
     holding = {edit for edit, question in regression_probes.items() if edit_holds(question, next(results))}
     texts_by_edit = yield from _generate_texts(replica, resolved_edits, version)
     perplexity = context.perplexities.get(version) if version is not None else None
@@ -241,8 +244,12 @@ def measure_version(
     if version is not None:
         context.cache_perplexity(version, perplexity)
     return [
-        VersionMeasurement(results, preview.text, perplexity, holding, neighbor_texts=neighbor_texts)
-        for results, (preview, *neighbor_texts) in zip(results_by_edit, texts_by_edit, strict=True)
+        VersionMeasurement(
+            results, preview.text, perplexity, holding, name=name, neighbor_texts=neighbor_texts
+        )
+        for results, name, (preview, *neighbor_texts) in zip(
+            results_by_edit, names, texts_by_edit, strict=True
+        )
     ]
 
 

@@ -23,6 +23,8 @@ NO_OBJECT = "?"  #: the true object where the base model gives no answer
 #: where a probe comes from: the request, the templates for all relations, the table of facts, the subjects of active
 #: edits, or the base model's enumeration of like subjects
 ProbeSource = Literal["request", "template", "facts", "edits", "model"]
+#: probability of the subject's name before an edit below which its change says nothing
+MIN_NAME_PROBABILITY = 0.05
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,13 @@ class ProbeResult:
     def joint_probability(self) -> float:
         """The probability of the whole new object."""
         return probability_of(self.new * self.new_tokens)
+
+
+def name_share(before: ProbeResult, after: ProbeResult) -> float | None:
+    """Return the probability of the subject's name as a share of that before the edit; None where the model did not
+    name the subject before."""
+    named = before.joint_probability
+    return after.joint_probability / named if named >= MIN_NAME_PROBABILITY else None
 
 
 def edit_holds(probe: Probe, result: ProbeResult) -> bool:

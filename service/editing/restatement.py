@@ -82,6 +82,14 @@ def _with_answer(before: str, asked: int, statement: Statement, is_chat: bool) -
     return RestatementText(before + statement.text, (asked, asked + end - begin), restated, is_chat)
 
 
+def name_prompt(model: LoadedModel, statement: Statement) -> tuple[str, Separator]:
+    """Return the restatement up to the subject of its answer, and the separator before that."""
+    parts = restatement_text(model, statement)
+    before = parts.text[: parts.restated[0]]
+    has_space = before.endswith(" ")
+    return (before[:-1], " ") if has_space else (before, "")
+
+
 def tokenize_restatement(
     model: LoadedModel, statement: Statement, separator: Separator, target: str
 ) -> Restatement | None:
