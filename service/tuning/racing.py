@@ -1,0 +1,148 @@
+"""Successive halving: many candidates are measured on few facts, and the better half of them on twice as many
+(Jamieson & Talwalkar 2016). Torch-free.
+
+All candidates of a rung are measured on the same facts, the first ones in one fixed order, so that the facts that a
+candidate needs in the next rung, or in a later race on more facts, include those that it was measured on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+from service.kit.steps import Phase, Progress, Stepper, report_as
+from service.tuning.race_schedule import RaceSchedule
+
+MAX_RUNGS = 3
+FEW_STEPS_SHARE = 0.5  # of the optimization steps, in a rung with few steps
+
+
+class Measurement(NamedTuple):
+    """What decides between two candidates."""
+
+    objective: float
+    margin: float  #: the mean difference of the probabilities of both objects; it decides between equal objectives
+    seconds: float  #: that the measurement took, when it was made
+    reason: str | None = None  #: why the candidate cannot be carried out
+
+
+class Trials(Protocol):
+    """Measures candidates. Candidates are sets of hyperparameters."""
+
+    def cost(self, hparams: dict[str, Any]) -> float:
+        """Return how much work one fact is, relative to other candidates."""
+
+    def measure(self, stage: str, hparams: dict[str, Any], facts: int) -> Stepper[Measurement]:
+        """Measure a candidate on the first facts."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """Candidates that are measured on the same facts."""
+
+    candidates: int
+    facts: int
+    new_facts: int  #: of each candidate, without those of an earlier rung or race
+    steps_share: float = 1.0  #: of the optimization steps of a candidate
+
+    def hparams_of(self, candidate: dict[str, Any]) -> dict[str, Any]:
+        """Return the hyperparameters with which a candidate is measured."""
+        if self.steps_share == 1:
+            return candidate
+        return candidate | {"steps": max(1, round(self.steps_share * candidate["steps"]))}
+
+
+def plan_rungs(candidates: int, facts: int, earlier_facts: int = 0, few_steps: bool = False) -> list[Rung]:
+    """Return the rungs of a race whose survivors are measured on `facts` facts.
+
+    `earlier_facts`: of the race before it, with the same candidates. `few_steps`: the first of several rungs has fewer
+    optimization steps than the others.
+    """
+    count = min(MAX_RUNGS, max(1, (candidates - 1).bit_length()))
+    rungs: list[Rung] = []
+    for number in range(count):
+        divisor = 2 ** (count - 1 - number)
+        share = FEW_STEPS_SHARE if few_steps and number == 0 and count > 1 else 1.0
+        measured = -(-earlier_facts // divisor)
+        if rungs and rungs[-1].steps_share == share:
+            measured = max(measured, rungs[-1].facts)
+        on_facts = -(-facts // divisor)
+        rungs.append(Rung(-(-candidates // 2**number), on_facts, max(0, on_facts - measured), share))
+    return rungs
+
+
+def race_cost(rungs: Sequence[Rung], costs: Sequence[float]) -> float:
+    """Return the expected cost of the facts of a race that are not measured yet. `costs`: of a fact, by candidate."""
+    mean_cost = sum(costs) / len(costs)
+    return sum(mean_cost * r.candidates * r.new_facts * r.steps_share for r in rungs)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A candidate of a race, and its newest measurement."""
+
+    number: int  #: in the order of the candidates
+    hparams: dict[str, Any]  #: with all steps
+    cost: float
+    measured: Measurement | None = None
+
+    @property
+    def rank(self) -> tuple[float, float, float, int]:
+        """Return the key by which the best contender is the least one: the greatest objective, then the greatest
+        margin, then the least work, then the first."""
+        if self.measured is None:
+            return (0.0, 0.0, self.cost, self.number)
+        return (-self.measured.objective, -self.measured.margin, self.cost, self.number)
+
+
+class Race:
+    """A race between candidates. After each rung `leader` is the best of the rung."""
+
+    def __init__(
+        self,
+        stage: str,
+        candidates: Sequence[dict[str, Any]],
+        rungs: Sequence[Rung],
+        trials: Trials,
+        schedule: RaceSchedule,
+        on_rung: Callable[[Race], None] = lambda _: None,
+    ) -> None:
+        self.stage, self.rungs, self.trials, self.schedule = stage, rungs, trials, schedule
+        self.on_rung = on_rung
+        self.contenders = [Contender(i, c, trials.cost(c)) for i, c in enumerate(candidates)]
+        self.leader: Contender | None = None
+        self.rung = rungs[0]  #: that is measured
+        self.rung_number = 0  #: of it, from 1; 0 before the start
+
+    @property
+    def label(self) -> str:
+        """Where the race is, for people."""
+        return f"{self.stage}, rung {self.rung_number} of {len(self.rungs)} ({count_facts(self.rung.facts)})"
+
+    def execute(self) -> Stepper[Contender]:
+        """Return the best contender of the last rung."""
+        for self.rung_number, self.rung in enumerate(self.rungs, 1):
+            measured: list[Contender] = []
+            for contender in self.contenders[: self.rung.candidates]:
+                measured.append((yield from self._measure(contender, len(measured))))
+            self.contenders = sorted(measured, key=lambda c: c.rank)
+            self.leader = self.contenders[0]
+            self.on_rung(self)
+        assert self.leader is not None
+        return self.leader
+
+    def _measure(self, contender: Contender, number: int) -> Stepper[Contender]:
+        rung, hparams = self.rung, self.rung.hparams_of(contender.hparams)
+        left = self.schedule.seconds_left()
+        progress = Progress(Phase.SEARCH, number, rung.candidates, self.label, seconds_left=left)
+        yield progress
+        measured = yield from report_as(self.trials.measure(self.stage, hparams, rung.facts), progress)
+        cost = contender.cost * rung.steps_share
+        self.schedule.add(cost * rung.new_facts, cost * rung.facts, measured.seconds)
+        return replace(contender, measured=measured)
+
+
+def count_facts(number: int) -> str:
+    """Return "1 fact", "2 facts"."""
+    return f"{number} fact" if number == 1 else f"{number} facts"
