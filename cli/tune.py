@@ -145,7 +145,9 @@ def tune_model(
     )
 
     known_facts = run_within(
-        budget, "the choice of facts", select_known_records(model, selection, max(args.max_facts, batch_facts))
+        budget,
+        "the choice of facts",
+        select_known_records(model, selection, max(args.max_facts, batch_facts)),
     )
     tuning_facts = known_facts[: args.max_facts]
     mean_log_probs = run_within(
@@ -157,9 +159,7 @@ def tune_model(
         f"{mean_log_probs.with_bos:.3f} with BOS."
     )
     margin_facts = known_facts if batch_facts else []
-    result = search_recipe(
-        model, settings, tuning_facts, margin_facts, records, prepend_bos, methods, budget
-    )
+    result = search_recipe(model, settings, tuning_facts, margin_facts, records, prepend_bos, methods, budget)
     path = recipe_path(model, settings.data_dir / RECIPES_FOLDER)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(result.recipe.model_dump_json(indent=1), encoding="utf-8")
@@ -224,7 +224,8 @@ def run_within(budget: TimeBudget | None, what: str, stepper: Stepper[T]) -> T:
 def raise_budget_too_small(budget: TimeBudget, what: str) -> NoReturn:
     """Raise the error of a budget that ended before a recipe was found."""
     raise InvalidInput(
-        f"--minutes {budget.seconds / 60:g} ended during {what}, before there was a recipe. {RESUME_HINT}", "minutes"
+        f"--minutes {budget.seconds / 60:g} ended during {what}, before there was a recipe. {RESUME_HINT}",
+        "minutes",
     )
 
 
@@ -271,7 +272,8 @@ def resolve_batch_facts(args: argparse.Namespace, methods: tuple[str, ...]) -> i
     if args.batch_facts or methods:
         flag = "--batch-facts" if args.batch_facts else "--methods"
         raise InvalidInput(
-            f"{flag} cannot be used with --minutes, which tunes single edits with rome: leave out one of both.", "minutes"
+            f"{flag} cannot be used with --minutes, which tunes single edits with rome: leave out one of both.",
+            "minutes",
         )
     return 0
 

@@ -27,7 +27,7 @@ from service.tuning import search_space
 from service.tuning.fact_trials import FactTrials
 from service.tuning.objective import Candidate
 from service.tuning.race_schedule import RaceSchedule, round_sizes
-from service.tuning.racing import Contender, Race, Trials, count_facts, plan_rungs, race_cost
+from service.tuning.racing import Contender, Race, Rung, Trials, count_facts, plan_rungs, race_cost
 from service.tuning.recipe_search import NO_EDITABLE_LAYER, TuningResult, build_search_context
 from service.tuning.search_space import JsonDict, Stage
 from service.tuning.time_budget import TimeBudget, run_until_end
@@ -35,7 +35,9 @@ from service.tuning.time_budget import TimeBudget, run_until_end
 log = logging.getLogger(__name__)
 
 #: what only a search without a time budget tries
-UNBUDGETED = "ranges of layers, weight decay, the texts of the key, the ridge, margins for many edits, other methods"
+UNBUDGETED = (
+    "ranges of layers, weight decay, the texts of the key, the ridge, margins for many edits, other methods"
+)
 OnRung = Callable[[Race], None]
 
 
@@ -110,7 +112,7 @@ class BudgetedSearch:
     def _run_race(
         self, stage: Stage, candidates: Sequence[JsonDict], facts: int, before: int
     ) -> Stepper[Contender]:
-        rungs = plan_rungs(len(candidates), facts, before, few_steps=stage == Stage.LAYER)
+        rungs = _plan_race(stage, len(candidates), facts, before)
         race = Race(stage, candidates, rungs, self.trials, self.schedule, self._after_rung)
         self.outcome.race = race
         winner = yield from race.execute()
@@ -131,10 +133,18 @@ class BudgetedSearch:
     def _round_cost(self, facts: int, before: int) -> float:
         cost_of = self.trials.cost
         values = [search_space.RACE_START_VALUES | change for change in search_space.RACE_VALUES]
+        races = ((Stage.LAYER, self.layer_candidates), (Stage.VALUES, values))
         return sum(
-            race_cost(plan_rungs(len(candidates), facts, before, few_steps), [cost_of(c) for c in candidates])
-            for candidates, few_steps in ((self.layer_candidates, True), (values, False))
+            race_cost(_plan_race(stage, len(candidates), facts, before), [cost_of(c) for c in candidates])
+            for stage, candidates in races
         )
+
+
+def _plan_race(stage: Stage, candidates: int, facts: int, before: int) -> list[Rung]:
+    """Return the rungs of a race of a round. `before`: the facts of the round before it, 0 without one."""
+    few_steps = stage == Stage.LAYER
+    earlier = plan_rungs(candidates, before, few_steps) if before else []
+    return plan_rungs(candidates, facts, few_steps, earlier)
 
 
 def tune_within_budget(

@@ -10,7 +10,13 @@ from service.editing.context import EditInput
 from service.errors import InvalidInput
 from service.evaluation.evaluation_context import EDITS_PER_BATCH
 from service.evaluation.metrics import scoring_pairs
-from service.kit.artifact_store import content_addressed_name, get_json, inputs_digest, load_or_compute, put_json
+from service.kit.artifact_store import (
+    content_addressed_name,
+    get_json,
+    inputs_digest,
+    load_or_compute,
+    put_json,
+)
 from service.kit.steps import Stepper
 from service.kit.text import fill_prompt, normalize_whitespace
 from service.models.budget import group_budget

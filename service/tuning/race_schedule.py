@@ -19,7 +19,9 @@ def round_sizes(facts: int) -> list[int]:
     sizes, size = [], FIRST_ROUND_FACTS
     while size < facts:
         sizes.append(size)
-        power = 1 << (size.bit_length() - 1)  # the powers of two, and the numbers half way between them from 8 on
+        power = 1 << (
+            size.bit_length() - 1
+        )  # the powers of two, and the numbers half way between them from 8 on
         size = size * 2 if size < 8 else power * 3 // 2 if size == power else power * 2
     return [*sizes, facts]
 

@@ -43,8 +43,8 @@ class Rung:
 
     candidates: int
     facts: int
-    new_facts: int  #: of each candidate, without those of an earlier rung or race
     steps_share: float = 1.0  #: of the optimization steps of a candidate
+    new_facts: int = 0  #: of all candidates together, without those of the rungs before it
 
     def hparams_of(self, candidate: dict[str, Any]) -> dict[str, Any]:
         """Return the hyperparameters with which a candidate is measured."""
@@ -52,30 +52,37 @@ class Rung:
             return candidate
         return candidate | {"steps": max(1, round(self.steps_share * candidate["steps"]))}
 
+    def with_new_facts(self, before: Sequence[Rung]) -> Rung:
+        """Return the rung with the number of new facts, if the same candidates are the better ones in all rungs."""
+        same_steps = [r for r in before if r.steps_share == self.steps_share]
+        new = [
+            self.facts - max([r.facts for r in same_steps if place < r.candidates], default=0)
+            for place in range(self.candidates)
+        ]
+        return replace(self, new_facts=sum(max(0, n) for n in new))
 
-def plan_rungs(candidates: int, facts: int, earlier_facts: int = 0, few_steps: bool = False) -> list[Rung]:
+
+def plan_rungs(
+    candidates: int, facts: int, few_steps: bool = False, earlier: Sequence[Rung] = ()
+) -> list[Rung]:
     """Return the rungs of a race whose survivors are measured on `facts` facts.
 
-    `earlier_facts`: of the race before it, with the same candidates. `few_steps`: the first of several rungs has fewer
-    optimization steps than the others.
+    `few_steps`: the first of several rungs has fewer optimization steps than the others. `earlier`: the rungs of a
+    race of the same candidates on fewer facts.
     """
     count = min(MAX_RUNGS, max(1, (candidates - 1).bit_length()))
     rungs: list[Rung] = []
     for number in range(count):
-        divisor = 2 ** (count - 1 - number)
         share = FEW_STEPS_SHARE if few_steps and number == 0 and count > 1 else 1.0
-        measured = -(-earlier_facts // divisor)
-        if rungs and rungs[-1].steps_share == share:
-            measured = max(measured, rungs[-1].facts)
-        on_facts = -(-facts // divisor)
-        rungs.append(Rung(-(-candidates // 2**number), on_facts, max(0, on_facts - measured), share))
+        rung = Rung(-(-candidates // 2**number), -(-facts // 2 ** (count - 1 - number)), share)
+        rungs.append(rung.with_new_facts([*earlier, *rungs]))
     return rungs
 
 
 def race_cost(rungs: Sequence[Rung], costs: Sequence[float]) -> float:
     """Return the expected cost of the facts of a race that are not measured yet. `costs`: of a fact, by candidate."""
     mean_cost = sum(costs) / len(costs)
-    return sum(mean_cost * r.candidates * r.new_facts * r.steps_share for r in rungs)
+    return sum(mean_cost * r.new_facts * r.steps_share for r in rungs)
 
 
 @dataclass(frozen=True)
@@ -122,9 +129,10 @@ class Race:
 
     def execute(self) -> Stepper[Contender]:
         """Return the best contender of the last rung."""
-        for self.rung_number, self.rung in enumerate(self.rungs, 1):
+        for number, rung in enumerate(self.rungs, 1):
+            self.rung_number, self.rung = number, rung
             measured: list[Contender] = []
-            for contender in self.contenders[: self.rung.candidates]:
+            for contender in self.contenders[: rung.candidates]:
                 measured.append((yield from self._measure(contender, len(measured))))
             self.contenders = sorted(measured, key=lambda c: c.rank)
             self.leader = self.contenders[0]
@@ -139,7 +147,8 @@ class Race:
         yield progress
         measured = yield from report_as(self.trials.measure(self.stage, hparams, rung.facts), progress)
         cost = contender.cost * rung.steps_share
-        self.schedule.add(cost * rung.new_facts, cost * rung.facts, measured.seconds)
+        planned = cost * rung.new_facts / rung.candidates
+        self.schedule.add(planned, cost * rung.facts, measured.seconds)
         return replace(contender, measured=measured)
 
 

@@ -50,7 +50,14 @@ def command_line(folder: Path, *more: str) -> list[str]:
 
 
 def within_minutes(folder: Path, minutes: str, *more: str) -> list[str]:
-    given = ["--facts", folder / "facts.json", "--data-dir", folder / "data", "--corpus", folder / "texts.txt"]
+    given = [
+        "--facts",
+        folder / "facts.json",
+        "--data-dir",
+        folder / "data",
+        "--corpus",
+        folder / "texts.txt",
+    ]
     words = ["tune", folder / "model", *given, "--limit", "4", "--minutes", minutes, *more]
     return [str(word) for word in words]
 

@@ -106,12 +106,19 @@ def test_round_that_does_not_fit_is_not_started() -> None:
 
 
 def test_winner_of_the_last_complete_round_is_the_best() -> None:
-    """A round that the budget cuts off changes nothing."""
-    whole = run_search(math.inf, facts=8)[1].clock.now
-    search, _ = run_search(whole - 41, facts=8)
+    """A round that the budget cuts off, because it takes longer than was expected, changes nothing."""
+
+    def slow_down_second_round(race: Race) -> None:
+        assert isinstance(race.trials, FakeTrials)
+        if not race.schedule.sizes_left:
+            race.trials.seconds = 3.0
+
+    expected = run_search(math.inf, facts=8)[1].clock.now
+    search, _ = run_search(expected + 200, facts=8, on_rung=slow_down_second_round)
     outcome = search.outcome
     assert outcome.round_facts == 8 and outcome.complete_facts == outcome.best_facts == 4
     assert outcome.best is not None and outcome.best.hparams == RACE_START_VALUES | BEST
+    assert search.not_tried()[0].startswith("the rest of the round on 8 facts, from ")
 
 
 @pytest.mark.parametrize("seconds", [1, 85, 700, 2500])

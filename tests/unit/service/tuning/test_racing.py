@@ -27,29 +27,30 @@ def run_race(trials: FakeTrials, candidates: list[dict[str, Any]], facts: int = 
 def test_candidates_are_halved_and_facts_are_doubled() -> None:
     """Each rung has half of the candidates of the one before on twice as many facts, and the last one all facts."""
     rungs = plan_rungs(12, 8)
-    assert [(r.candidates, r.facts, r.new_facts) for r in rungs] == [(12, 2, 2), (6, 4, 2), (3, 8, 4)]
+    assert [(r.candidates, r.facts, r.new_facts) for r in rungs] == [(12, 2, 24), (6, 4, 12), (3, 8, 12)]
     assert [(r.candidates, r.facts) for r in plan_rungs(3, 5)] == [(3, 3), (2, 5)]
 
 
 @pytest.mark.parametrize("candidates", [1, 2])
 def test_few_candidates_are_measured_on_all_facts_with_all_steps(candidates: int) -> None:
     """One or two candidates need no rung before the last one."""
-    assert plan_rungs(candidates, 4, few_steps=True) == [Rung(candidates, 4, 4)]
+    assert plan_rungs(candidates, 4, few_steps=True) == [Rung(candidates, 4, 1.0, 4 * candidates)]
 
 
 def test_few_steps_come_first() -> None:
     """The first rung has half of the steps, so that the second one measures its facts anew."""
     rungs = plan_rungs(8, 8, few_steps=True)
     assert [r.steps_share for r in rungs] == [0.5, 1.0, 1.0]
-    assert [r.new_facts for r in rungs] == [2, 4, 4]
+    assert [r.new_facts for r in rungs] == [8 * 2, 4 * 4, 2 * 4]
     assert rungs[0].hparams_of({"steps": 25, "clamp": 1}) == {"steps": 12, "clamp": 1}
     assert rungs[0].hparams_of({"steps": 1}) == {"steps": 1}
 
 
 def test_facts_of_an_earlier_race_are_not_counted_again() -> None:
-    """A race on more facts needs only those that the race before it did not measure."""
-    assert [r.new_facts for r in plan_rungs(12, 16, earlier_facts=8)] == [2, 4, 8]
-    assert race_cost(plan_rungs(12, 16, 8), [1.0] * 12) == 12 * 2 + 6 * 4 + 3 * 8
+    """A race on more facts needs only those that the race before it did not measure: of its survivors all."""
+    rungs = plan_rungs(12, 16, earlier=plan_rungs(12, 8))
+    assert [r.new_facts for r in rungs] == [6 * 2, 3 * 4, 3 * 8]
+    assert race_cost(rungs, [1.0, 3.0]) == 2 * (12 + 12 + 24)
 
 
 def test_better_half_is_measured_on_more_facts() -> None:
@@ -84,7 +85,8 @@ def test_equal_objectives_are_decided_by_margin_then_cost_then_order() -> None:
         contender(1, 2.0, 0.5, 0.3),
         Contender(5, {}, 0.0, Measurement(0.0, -math.inf, 0.0, "no statistics")),
     ]
-    assert sorted(reversed(ranked), key=lambda c: c.rank) == ranked
+    shuffled = ranked[::-1]
+    assert sorted(shuffled, key=lambda c: c.rank) == ranked
 
 
 def test_label_counts_the_rungs() -> None:
