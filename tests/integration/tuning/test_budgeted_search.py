@@ -145,12 +145,13 @@ def test_facts_without_an_effective_edit_have_no_recipe(monkeypatch: pytest.Monk
 
 def test_shipped_model_gets_a_recipe_within_a_small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """On four facts of the shipped model the search finds a layer and values whose edits have their effect."""
-    monkeypatch.setattr(search_space, "RACE_VALUES", search_space.RACE_VALUES[:3])
+    monkeypatch.setattr(search_space, "RACE_LAYERS", 2)
+    monkeypatch.setattr(search_space, "RACE_VALUES", search_space.RACE_VALUES[:2])
     model = load_model(SHIPPED_MODEL)
     table = read_records(SHIPPED_MODEL / "facts.jsonl", 0, 200)
     known = run_to_completion(select_known_records(model, table, 8))
     sentences = fact_sentences(model)
-    context = EditorContext(model, None, Corpus("test", tuple(sentences[:600])), None)
+    context = EditorContext(model, None, Corpus("test", tuple(sentences[:300])), None)
     search = tune_within_budget(
         model, context, known[:4], sentences[-60:], InMemoryStore(), False, TimeBudget(300)
     )

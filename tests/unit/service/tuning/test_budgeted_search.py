@@ -18,12 +18,12 @@ from service.tuning.time_budget import TimeBudget, run_until_end
 from tests.support.fake_trials import FakeClock, FakeTrials
 
 LAYERS = (0, 2, 3, 5, 7, 9, 10, 12)
-BEST = {"layers": [3], "clamp": 1.0, "learning_rate": 0.1, "steps": 40, "contexts": 2}
+BEST: dict[str, Any] = {"layers": [3], "clamp": 1.0, "learning_rate": 0.1, "steps": 40, "contexts": 2}
 
 
 def objective(hparams: dict[str, Any]) -> float:
     """Return the share of the best hyperparameters that a candidate has; a layer is the better the nearer it is."""
-    near = 1 - abs(hparams["layers"][0] - BEST["layers"][0]) / 20
+    near = 1 - abs(float(hparams["layers"][0]) - BEST["layers"][0]) / 20
     return near * (1 + sum(hparams[k] == v for k, v in BEST.items())) / (1 + len(BEST))
 
 
