@@ -231,12 +231,14 @@ def raise_budget_too_small(budget: TimeBudget, what: str) -> NoReturn:
 
 def print_rung(race: Race) -> None:
     """Print how a rung of a race ended, above the progress bar."""
+    from service.tuning.search_space import RACE_START_VALUES
+
     assert race.leader is not None and race.leader.measured is not None
     left = race.schedule.seconds_left()
     note = "" if left is None else f" About {format_seconds(left)} left."
     err.print(
         strip_control_chars(
-            f"{race.label}: {len(race.contenders)} candidates; best {format_hparams(race.leader.hparams)}, objective "
+            f"{race.label}: {len(race.contenders)} candidates; best {format_hparams(race.leader.hparams, RACE_START_VALUES)}, objective "
             f"{race.leader.measured.objective:.3f}.{note}"
         )
     )
@@ -294,9 +296,9 @@ def parse_methods(text: str | None) -> tuple[str, ...]:
     return names
 
 
-def format_hparams(hparams: dict[str, Any], defaults: dict[str, Any] | None = None) -> str:
+def format_hparams(hparams: dict[str, Any], defaults: dict[str, Any]) -> str:
     """Return the hyperparameters that differ from the defaults, as `name=value`."""
-    return " ".join(f"{k}={json.dumps(v)}" for k, v in hparams.items() if (defaults or {}).get(k) != v)
+    return " ".join(f"{k}={json.dumps(v)}" for k, v in hparams.items() if defaults.get(k) != v)
 
 
 def candidate_row(candidate: Candidate, defaults: dict[str, Any]) -> tuple[Any, ...]:
@@ -304,7 +306,7 @@ def candidate_row(candidate: Candidate, defaults: dict[str, Any]) -> tuple[Any, 
     scores or the reason."""
     label = format_hparams(candidate.hparams, defaults)
     if candidate.edits is not None:
-        label = f"{candidate.edits} edits {label}"
+        label = f"{candidate.edits} edit{'s' if candidate.edits > 1 else ''} {label}"
     if candidate.joint is None:
         return candidate.stage, label, *("" for _ in range(5)), candidate.reason or "", 0.0
     scores = candidate.alone or candidate.joint

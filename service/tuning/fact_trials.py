@@ -50,7 +50,8 @@ class FactTrials:
     def cost(self, hparams: JsonDict) -> float:
         """Return about how many rows pass through the model for one fact: forward and back in each step for each
         context, and forward twice for each scored pair."""
-        return 2 * float(hparams["steps"]) * (hparams["contexts"] + 1) + 2 * self._pairs
+        rows_per_step = float(hparams["contexts"] + 1)
+        return 2 * (float(hparams["steps"]) * rows_per_step + self._pairs)
 
     def measure(self, stage: str, hparams: JsonDict, facts: int) -> Stepper[Measurement]:
         """Measure a candidate on the first facts, or load what is stored."""

@@ -151,7 +151,7 @@ def test_shipped_model_gets_a_recipe_within_a_small_budget(monkeypatch: pytest.M
     table = read_records(SHIPPED_MODEL / "facts.jsonl", 0, 200)
     known = run_to_completion(select_known_records(model, table, 8))
     sentences = fact_sentences(model)
-    context = EditorContext(model, None, Corpus("test", tuple(sentences[:300])), None)
+    context = EditorContext(model, None, Corpus("test", tuple(sentences[:600])), None)
     search = tune_within_budget(
         model, context, known[:4], sentences[-60:], InMemoryStore(), False, TimeBudget(300)
     )

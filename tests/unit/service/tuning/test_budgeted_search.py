@@ -23,8 +23,8 @@ BEST: dict[str, Any] = {"layers": [3], "clamp": 1.0, "learning_rate": 0.1, "step
 
 def objective(hparams: dict[str, Any]) -> float:
     """Return the share of the best hyperparameters that a candidate has; a layer is the better the nearer it is."""
-    near = 1 - abs(float(hparams["layers"][0]) - BEST["layers"][0]) / 20
-    return near * (1 + sum(hparams[k] == v for k, v in BEST.items())) / (1 + len(BEST))
+    near = 1 - float(abs(hparams["layers"][0] - BEST["layers"][0])) / 20
+    return near * float(1 + sum(hparams[k] == v for k, v in BEST.items())) / (1 + len(BEST))
 
 
 def run_search(
