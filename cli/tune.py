@@ -181,7 +181,7 @@ def search_recipe(
     from service.editing.context import build_editor_context, open_editor_context
     from service.kit.artifact_store import DirectoryStore
     from service.models.loading import with_bos
-    from service.tuning.budgeted_search import tune_within_budget
+    from service.tuning.budgeted_search import layers_to_race, tune_within_budget
     from service.tuning.recipe_search import tune_recipe
 
     search_model = with_bos(model) if prepend_bos else model
@@ -192,7 +192,9 @@ def search_recipe(
         context = run_with_progress_bar(build_editor_context(*arguments))
     else:
         context = open_editor_context(*arguments)
-        run_within(budget, "the corpus", context.get_corpus())
+        run_within(budget, "the loading of the corpus", context.get_corpus())
+        layers = layers_to_race(search_model)
+        run_within(budget, "the collection of statistics", context.get_statistics(layers))
     other_texts = other_statements(records, [*tuning_facts, *batch_facts])
     if len(other_texts) < MIN_DAMAGE_TEXTS:
         other_texts = list(context.corpus.texts)

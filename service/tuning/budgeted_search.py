@@ -131,11 +131,10 @@ class BudgetedSearch:
         self._on_rung(race)
 
     def _round_cost(self, facts: int, before: int) -> float:
-        cost_of = self.trials.cost
         values = [search_space.RACE_START_VALUES | change for change in search_space.RACE_VALUES]
         races = ((Stage.LAYER, self.layer_candidates), (Stage.VALUES, values))
         return sum(
-            race_cost(_plan_race(stage, len(candidates), facts, before), [cost_of(c) for c in candidates])
+            race_cost(_plan_race(stage, len(candidates), facts, before), candidates, self.trials)
             for stage, candidates in races
         )
 
@@ -157,14 +156,14 @@ def tune_within_budget(
     budget: TimeBudget,
     on_rung: OnRung = lambda _: None,
 ) -> Stepper[TuningResult | None]:
-    """Return the best recipe that is found within the budget; None if it ended before any rung was complete."""
+    """Return the best recipe that is found within the budget; None if it ended before any rung was complete.
+
+    The context has the statistics of `layers_to_race`, or collects them when they are needed.
+    """
     search = build_search_context(
         model, context, records, records, plain_statements, store, search_space.RACE_DAMAGE_TEXTS
     )
-    layers = layers_to_try(model.num_layers, search_space.RACE_LAYERS, 0.0)
-    collected = yield from run_until_end(context.get_statistics(layers), budget)
-    if collected is None:
-        return None
+    layers = layers_to_race(model)
     history: list[Candidate] = []
     trials = FactTrials(search, budget.clock, history.append)
     race = BudgetedSearch(trials, layers, len(records), budget, on_rung)
@@ -192,6 +191,11 @@ def tune_within_budget(
     rome = RomeParameters.model_validate(best.hparams)
     recipe = Recipe(source=source, rome=rome, prepend_bos=prepend_bos, figures=figures)
     return TuningResult(recipe, history, tuple(not_tried), not race.is_complete)
+
+
+def layers_to_race(model: LoadedModel) -> tuple[int, ...]:
+    """Return the layers that a search with a time budget tries."""
+    return layers_to_try(model.num_layers, search_space.RACE_LAYERS, 0.0)
 
 
 def chosen_candidate(history: Sequence[Candidate], hparams: JsonDict, facts: int) -> Candidate:

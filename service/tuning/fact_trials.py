@@ -43,15 +43,19 @@ class FactTrials:
         self, search: SearchContext, clock: Clock, on_candidate: Callable[[Candidate], None] = lambda _: None
     ) -> None:
         self.search, self.clock, self.on_candidate = search, clock, on_candidate
-        self._pairs = sum(len(scoring_pairs(r)) for r in search.records) / len(search.records)
+        pairs = [prompt + object_ for r in search.records for prompt, object_ in scoring_pairs(r)]
+        self._pairs = len(pairs) / len(search.records)  # of a fact
+        self._damage_rows = sum(map(len, search.damage_texts)) / (sum(map(len, pairs)) / len(pairs))
         # On a CPU an edit is computed as fast alone, and less is lost when the run is interrupted.
         self._edits_per_batch = EDITS_PER_BATCH if group_budget(search.replica.base) else 1
 
-    def cost(self, hparams: JsonDict) -> float:
-        """Return about how many rows pass through the model for one fact: forward and back in each step for each
-        context, and forward twice for each scored pair."""
+    def cost(self, hparams: JsonDict, facts: int, new_facts: float) -> float:
+        """Return about how many rows of the length of a scored pair pass through the model: for a new fact forward and
+        back in each step for each context, and forward for each pair; for all facts together the pairs again, and the
+        plain statements before and after."""
         rows_per_step = float(hparams["contexts"] + 1)
-        return 2 * (float(hparams["steps"]) * rows_per_step + self._pairs)
+        alone = 2 * hparams["steps"] * rows_per_step + self._pairs
+        return new_facts * alone + facts * self._pairs + 2 * self._damage_rows
 
     def measure(self, stage: str, hparams: JsonDict, facts: int) -> Stepper[Measurement]:
         """Measure a candidate on the first facts, or load what is stored."""

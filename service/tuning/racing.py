@@ -30,8 +30,9 @@ class Measurement(NamedTuple):
 class Trials(Protocol):
     """Measures candidates. Candidates are sets of hyperparameters."""
 
-    def cost(self, hparams: dict[str, Any]) -> float:
-        """Return how much work one fact is, relative to other candidates."""
+    def cost(self, hparams: dict[str, Any], facts: int, new_facts: float) -> float:
+        """Return how much work a measurement on some facts is, of which some are not stored yet, relative to other
+        measurements."""
 
     def measure(self, stage: str, hparams: dict[str, Any], facts: int) -> Stepper[Measurement]:
         """Measure a candidate on the first facts."""
@@ -79,10 +80,14 @@ def plan_rungs(
     return rungs
 
 
-def race_cost(rungs: Sequence[Rung], costs: Sequence[float]) -> float:
-    """Return the expected cost of the facts of a race that are not measured yet. `costs`: of a fact, by candidate."""
-    mean_cost = sum(costs) / len(costs)
-    return sum(mean_cost * r.new_facts * r.steps_share for r in rungs)
+def race_cost(rungs: Sequence[Rung], candidates: Sequence[dict[str, Any]], trials: Trials) -> float:
+    """Return the expected cost of a race, if the candidates of each rung are as costly as all of them on average."""
+    total = 0.0
+    for rung in rungs:
+        new = rung.new_facts / rung.candidates
+        costs = [trials.cost(rung.hparams_of(c), rung.facts, new) for c in candidates]
+        total += rung.candidates * sum(costs) / len(costs)
+    return total
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Contender:
 
     number: int  #: in the order of the candidates
     hparams: dict[str, Any]  #: with all steps
-    cost: float
+    cost: float  #: of one fact
     measured: Measurement | None = None
 
     @property
@@ -117,7 +122,7 @@ class Race:
     ) -> None:
         self.stage, self.rungs, self.trials, self.schedule = stage, rungs, trials, schedule
         self.on_rung = on_rung
-        self.contenders = [Contender(i, c, trials.cost(c)) for i, c in enumerate(candidates)]
+        self.contenders = [Contender(i, c, trials.cost(c, 1, 1)) for i, c in enumerate(candidates)]
         self.leader: Contender | None = None
         self.rung = rungs[0]  #: that is measured
         self.rung_number = 0  #: of it, from 1; 0 before the start
@@ -146,9 +151,8 @@ class Race:
         progress = Progress(Phase.SEARCH, number, rung.candidates, self.label, seconds_left=left)
         yield progress
         measured = yield from report_as(self.trials.measure(self.stage, hparams, rung.facts), progress)
-        cost = contender.cost * rung.steps_share
-        planned = cost * rung.new_facts / rung.candidates
-        self.schedule.add(planned, cost * rung.facts, measured.seconds)
+        planned = self.trials.cost(hparams, rung.facts, rung.new_facts / rung.candidates)
+        self.schedule.add(planned, self.trials.cost(hparams, rung.facts, rung.facts), measured.seconds)
         return replace(contender, measured=measured)
 
 

@@ -38,12 +38,12 @@ class FakeTrials:
         self.measured: list[tuple[str, int]] = []  #: each candidate and fact, in order
         self.calls: list[tuple[str, dict[str, Any], int]] = []
 
-    def cost(self, hparams: dict[str, Any]) -> float:
-        return float(hparams.get("steps", 1))
+    def cost(self, hparams: dict[str, Any], _facts: int, new_facts: float) -> float:
+        return float(hparams.get("steps", 1)) * new_facts
 
     def measure(self, stage: str, hparams: dict[str, Any], facts: int) -> Stepper[Measurement]:
         self.calls.append((stage, hparams, facts))
-        key, seconds = repr(sorted(hparams.items())), self.seconds * self.cost(hparams)
+        key, seconds = repr(sorted(hparams.items())), self.seconds * self.cost(hparams, 1, 1)
         for fact in range(self.stored.get(key, 0), facts):
             yield Progress(Phase.FIND, fact, facts)
             self.clock.now += seconds

@@ -50,7 +50,8 @@ def test_facts_of_an_earlier_race_are_not_counted_again() -> None:
     """A race on more facts needs only those that the race before it did not measure: of its survivors all."""
     rungs = plan_rungs(12, 16, earlier=plan_rungs(12, 8))
     assert [r.new_facts for r in rungs] == [6 * 2, 3 * 4, 3 * 8]
-    assert race_cost(rungs, [1.0, 3.0]) == 2 * (12 + 12 + 24)
+    trials = FakeTrials(FakeClock(), lambda _: 1.0)
+    assert race_cost(rungs, [{"steps": 1}, {"steps": 3}], trials) == 2 * (12 + 12 + 24)
 
 
 def test_better_half_is_measured_on_more_facts() -> None:
