@@ -53,8 +53,8 @@ class FactTrials:
         """Return about how many rows of the length of a scored pair pass through the model: for a new fact forward and
         back in each step for each context, and forward for each pair; for all facts together the pairs again, and the
         plain statements before and after."""
-        rows_per_step = float(hparams["contexts"] + 1)
-        alone = 2 * hparams["steps"] * rows_per_step + self._pairs
+        optimized: int = hparams["steps"] * (hparams["contexts"] + 1)
+        alone = 2 * optimized + self._pairs
         return new_facts * alone + facts * self._pairs + 2 * self._damage_rows
 
     def measure(self, stage: str, hparams: JsonDict, facts: int) -> Stepper[Measurement]:

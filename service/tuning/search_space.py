@@ -59,7 +59,7 @@ BATCH_FRACTIONS = (1.0, 0.5, 0.25)  # shares of the records for which a margin i
 MAX_LOSS_INCREASE = 0.09  # of the loss on plain statements, relative; on other facts it may reach a tenth
 
 RACE_LAYERS = 8  # layers that a search with a time budget tries, from the first to two fifths of the depth
-RACE_DAMAGE_TEXTS = 12  # plain statements on which a search with a time budget measures damage
+RACE_DAMAGE_TEXTS = 8  # plain statements on which a search with a time budget measures damage
 #: start values of a search with a time budget: an edit takes few steps
 RACE_START_VALUES = START_VALUES | {"steps": 20, "learning_rate": 0.5}
 #: the changes of a search with a time budget: each pace with each clamp and number of contexts, the start values first
