@@ -37,7 +37,7 @@ FREE = {
 
 def device_of(tensor: Tensor) -> torch.device:
     """Return the device that a tensor pretends to be on."""
-    return getattr(tensor, NAME, CPU)  # type: ignore[no-any-return]
+    return getattr(tensor, NAME, CPU)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -104,7 +104,9 @@ def _move(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: di
     result: Tensor = func(source, *others, **kwargs) if others or kwargs else source
     if device != device_of(source) and result is source:
         result = source.clone()
-    return result if result is source else _put(result, device)
+    if result is not source:
+        _put(result, device)
+    return result
 
 
 def _is_advanced(index: Any) -> bool:

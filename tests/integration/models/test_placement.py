@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from service.tracing.reference import trace_reference
 from service.weights.factors import Association
 from tests.support.fake_devices import CPU, MAIN, SECOND, FakeDevices, device_of
 from tests.support.random_edits import FakeLedger, random_associations
+from tests.support.stepped_service import SteppedService
 from tests.support.tiny_models import ALL_MODELS, TEXTS, tiny
 
 #: kinds of blocks: parallel, with norms after the value, with windows, with tuples as outputs
@@ -32,6 +34,7 @@ TYPES = ["gpt2", "gptj", "llama", "gemma2", "olmo2", "falcon", "bloom"]
 STATEMENT = fill_prompt("The {} is located in the city of", "Eiffel Tower")
 CONTEXTS = ["In Japan", "Big Ben"]
 DEVICES = (MAIN, SECOND, CPU)
+MAIN_LAST = (SECOND, CPU, MAIN)  # when the main device has room for few blocks
 
 
 @pytest.fixture(autouse=True)
@@ -41,15 +44,16 @@ def fake_devices() -> Iterator[None]:
         yield
 
 
-def spread_model(model_type: str) -> LoadedModel:
+def spread_model(model_type: str, devices: Sequence[torch.device] = DEVICES) -> LoadedModel:
     """Return a tiny model whose three blocks lie on three devices."""
     model = tiny(model_type)
-    place_blocks(model.model, model.architecture, MAIN, DEVICES)
+    place_blocks(model.model, model.architecture, MAIN, devices)
     return model
 
 
-def both(model_type: str) -> tuple[LoadedModel, LoadedModel]:
-    return tiny(model_type), spread_model(model_type)
+def all_placements(model_type: str) -> tuple[LoadedModel, ...]:
+    """Return a model on one device, and on several in two orders."""
+    return tiny(model_type), spread_model(model_type), spread_model(model_type, MAIN_LAST)
 
 
 def compute_edit(
@@ -63,12 +67,13 @@ def compute_edit(
 
 
 def assert_same_edit(model_type: str, parameters: RomeParameters | FineTuneParameters, method: str) -> None:
-    one, other = (compute_edit(model, parameters, method) for model in both(model_type))
-    assert other.losses == pytest.approx(one.losses, rel=1e-5)
-    for mine, theirs in zip(one.updates, other.updates, strict=True):
-        assert mine.weight_ref == theirs.weight_ref
-        for name in ("key", "direction", "value") if isinstance(mine, Association) else ("change",):
-            torch.testing.assert_close(getattr(theirs, name), getattr(mine, name), rtol=1e-4, atol=1e-6)
+    one, *others = (compute_edit(model, parameters, method) for model in all_placements(model_type))
+    for other in others:
+        assert other.losses == pytest.approx(one.losses, rel=1e-5)
+        for mine, theirs in zip(one.updates, other.updates, strict=True):
+            assert mine.weight_ref == theirs.weight_ref
+            for name in ("key", "direction", "value") if isinstance(mine, Association) else ("change",):
+                torch.testing.assert_close(getattr(theirs, name), getattr(mine, name), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("model_type", ALL_MODELS)
@@ -79,7 +84,24 @@ def test_parts_lie_where_they_were_put(model_type: str) -> None:
     inside = {id(t) for block in model.blocks for t in (*block.parameters(), *block.buffers())}
     outside = [t for t in (*model.model.parameters(), *model.model.buffers()) if id(t) not in inside]
     assert outside and all(device_of(t) == MAIN for t in outside)
-    assert model.lm_head.weight.device == MAIN  # type: ignore[union-attr]
+    assert next(model.lm_head.parameters()).device == MAIN
+
+
+def test_service_edits_exports_and_reverts_a_model_on_several_devices(tmp_path: Path) -> None:
+    """Edits with their guard, capacity and report, a version as an adapter and as weights, and the base bytes after a
+    revert: the jobs of the service run, and its version has the digest of a model on one device."""
+    digests = []
+    for number, model in enumerate(all_placements("llama")):
+        service = SteppedService(tmp_path / str(number), model)
+        edits = [service.edit(subject, "Rome") for subject in ("Eiffel", "Big Ben")]
+        for file_format in ("peft", "safetensors"):
+            assert service.export(file_format=file_format)["status"] == "done"
+        digests.append(service.replica.digest(service.replica.head()))
+        for edit in edits:
+            service.services.edits.revert(edit, "key:alice")
+        head = service.replica.head()
+        assert service.replica.digest(head) == service.replica.digest(0)
+    assert digests == digests[:1] * 3
 
 
 @pytest.mark.parametrize("model_type", ALL_MODELS)
@@ -87,7 +109,7 @@ def test_scores_and_texts_are_those_of_one_device(model_type: str) -> None:
     """Scores of targets are equal up to rounding, and generated texts are equal."""
     pairs = [("The Eiffel Tower is located in the city of", "Rome"), ("Big Ben", "London")]
     results = []
-    for model in both(model_type):
+    for model in all_placements(model_type):
         scores = run_to_completion(score_targets(model, pairs))
         samplings = [Sampling(max_new_tokens=6, temperature=t, seed=3) for t in (0.0, 0.7)]
         prompts = [text[:40] for text in TEXTS]
@@ -96,8 +118,9 @@ def test_scores_and_texts_are_those_of_one_device(model_type: str) -> None:
         while len(batch):
             batch.step()
         results.append(([s.log_p for s in scores], [r.output_ids for r in rows]))
-    (one, ids), (other, other_ids) = results
-    assert other == pytest.approx(one, rel=1e-5) and other_ids == ids
+    (one, ids), *others = results
+    for other, other_ids in others:
+        assert other == pytest.approx(one, rel=1e-5) and other_ids == ids
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -124,22 +147,21 @@ def test_fine_tuning_is_that_of_one_device(model_type: str) -> None:
 def test_trace_is_that_of_one_device(model_type: str) -> None:
     """The scores of both implementations of a trace are equal up to rounding."""
     for trace in (trace_statement, trace_reference):
-        one, other = (
-            run_to_completion(trace(m, STATEMENT, "Rome", samples=2, noise=0.5, severed=True))
-            for m in both(model_type)
+        one, *others = (
+            run_to_completion(trace(m, STATEMENT, "Rome", samples=2, noise=0.5, severed=True)).to_json()
+            for m in all_placements(model_type)
         )
-        for kind, map_ in one.to_json()["kinds"].items():
-            other_map = other.to_json()["kinds"][kind]
-            torch.testing.assert_close(
-                torch.tensor(other_map["scores"]), torch.tensor(map_["scores"]), rtol=1e-4, atol=1e-9
-            )
+        for kind, expected in one["kinds"].items():
+            for other in others:
+                scores = torch.tensor(other["kinds"][kind]["scores"])
+                torch.testing.assert_close(scores, torch.tensor(expected["scores"]), rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_versions_have_the_bytes_of_one_device(model_type: str) -> None:
     """Edited weights lie on the devices of their layers, and the digest of a version does not depend on them."""
     digests, drifts = [], []
-    for model in both(model_type):
+    for model in all_placements(model_type):
         edits = random_associations(model, 3, layers=(0, 1, 2))
         replica = VersionedModel(model, FakeLedger(edits))
         digests.append(replica.digest(3))
@@ -147,7 +169,9 @@ def test_versions_have_the_bytes_of_one_device(model_type: str) -> None:
         assert [w.device for _, w in sorted(weights.items())] == model.block_devices
         with_weights = lambda r=replica, w=weights: r.use_weights(w)  # noqa: E731
         drifts.append(run_to_completion(measure_drift(model, TEXTS, with_weights)))
-    assert digests[0] == digests[1] and drifts[0] == drifts[1]
+    assert digests == digests[:1] * 3
+    for drift in drifts[1:]:
+        assert drift.loss_after == pytest.approx(drifts[0].loss_after, rel=1e-5)
 
 
 def test_operation_on_two_devices_fails() -> None:
