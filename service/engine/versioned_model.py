@@ -75,8 +75,9 @@ class VersionedModel:
     `attest` is called once for each version with the digest of its weights, before they are used; it raises
     DigestMismatch when other replicas hold other bytes. Without it versions are not attested.
 
-    The caches of weights (on the devices of their layers) and of edit factors (in host memory) evict their least recently used
-    entries beyond `max_weight_bytes` and `max_factor_bytes`. The default of each is a share of the free memory.
+    The caches of weights (on the devices of their layers) and of edit factors (in host memory) evict their least
+    recently used entries beyond `max_weight_bytes` and `max_factor_bytes`. The default of each is a share of the free
+    memory.
     """
 
     def __init__(

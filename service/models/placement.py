@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from service.errors import Misconfigured
 from service.models.architectures import Architecture
 
+MAIN_DEVICE = torch.device("cuda", 0)  # of a model that is spread
 GPU_SHARE = 0.85  # of the free memory of a GPU, for weights; the rest is for activations, caches and versions
 
 
@@ -24,8 +25,7 @@ def spread(model: nn.Module, architecture: Architecture) -> None:
     """Put the blocks of a model that lies in host memory onto the GPUs of this machine, and what does not fit there
     onto the CPU. Without a GPU nothing moves."""
     if torch.cuda.device_count():
-        devices = plan_devices(model, architecture)
-        place_blocks(model, architecture, torch.device("cuda", 0), devices)
+        place_blocks(model, architecture, MAIN_DEVICE, plan_devices(model, architecture))
 
 
 def plan_devices(model: nn.Module, architecture: Architecture) -> list[torch.device]:

@@ -30,8 +30,9 @@ from tests.support.stepped_service import SteppedService
 from tests.support.tiny_models import ALL_MODELS, TEXTS, tiny
 
 #: kinds of blocks: parallel, with norms after the value, with windows, with tuples as outputs
-TYPES = ["gpt2", "gptj", "llama", "gemma2", "olmo2", "falcon", "bloom"]
+TYPES = ["gpt2", "gptj", "gemma2", "olmo2"]
 STATEMENT = fill_prompt("The {} is located in the city of", "Eiffel Tower")
+SHORT_STATEMENT = fill_prompt("{} is in", "Big Ben")
 CONTEXTS = ["In Japan", "Big Ben"]
 DEVICES = (MAIN, SECOND, CPU)
 MAIN_LAST = (SECOND, CPU, MAIN)  # when the main device has room for few blocks
@@ -111,7 +112,7 @@ def test_scores_and_texts_are_those_of_one_device(model_type: str) -> None:
     results = []
     for model in all_placements(model_type):
         scores = run_to_completion(score_targets(model, pairs))
-        samplings = [Sampling(max_new_tokens=6, temperature=t, seed=3) for t in (0.0, 0.7)]
+        samplings = [Sampling(max_new_tokens=3, temperature=t, seed=3) for t in (0.0, 0.7)]
         prompts = [text[:40] for text in TEXTS]
         batch = DecodingBatch(model, [new_sequence(model, text, s) for text in prompts for s in samplings])
         rows = list(batch.sequences)
@@ -123,7 +124,7 @@ def test_scores_and_texts_are_those_of_one_device(model_type: str) -> None:
         assert other == pytest.approx(one, rel=1e-5) and other_ids == ids
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("model_type", TYPES)
 def test_edit_of_one_layer_is_that_of_one_device(model_type: str, layer: int) -> None:
     """Statistics, losses and tensors of an edit are equal up to rounding, on whatever device its layer is."""
@@ -148,7 +149,7 @@ def test_trace_is_that_of_one_device(model_type: str) -> None:
     """The scores of both implementations of a trace are equal up to rounding."""
     for trace in (trace_statement, trace_reference):
         one, *others = (
-            run_to_completion(trace(m, STATEMENT, "Rome", samples=2, noise=0.5, severed=True)).to_json()
+            run_to_completion(trace(m, SHORT_STATEMENT, "Rome", samples=2, noise=0.5, severed=True)).to_json()
             for m in all_placements(model_type)
         )
         for kind, expected in one["kinds"].items():
