@@ -111,7 +111,7 @@ def export_model(args: argparse.Namespace) -> int:
     from workers.model_info import device_kind
 
     with closing(open_database(settings)) as database:
-        reader = ReadOnlyLedger(database, model.fingerprint, device_kind(model.device))
+        reader = ReadOnlyLedger(database, model.fingerprint, device_kind(model))
         version = reader.resolve_version(args.version)
         manifest = write_model(VersionedModel(model, reader, reader.attest), version, folder)
     confirmation = (

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 #: the settings of the model
-MODEL_SETTINGS = ("model", "models_dir", "adapter", "device", "dtype", "threads")
+MODEL_SETTINGS = ("model", "models_dir", "adapter", "device", "device_map", "dtype", "threads")
 
 
 def load_served_model(settings: Settings) -> LoadedModel:

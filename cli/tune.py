@@ -98,6 +98,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "models_dir",
         "adapter",
         "device",
+        "device_map",
         "dtype",
         "threads",
         "data_dir",

@@ -60,6 +60,10 @@ class Settings(BaseSettings):
         description="kinds of work of a worker, some of generate,edit,trace,evaluate",
     )
     device: str = Field("cpu", description="device of the model, such as cpu, cuda or cuda:1")
+    device_map: Literal["auto"] | None = Field(
+        None,
+        description="auto: spread the layers of the model over all GPUs of this machine and, as far as they do not fit there, the CPU; unset: the whole model is on --device",
+    )
     dtype: str = Field("float32", description="precision of the weights: float32, bfloat16 or float16")
     threads: int | None = Field(None, ge=1, description="number of CPU threads of a worker; unset: all")
     api_key: str | None = Field(

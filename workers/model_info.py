@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def model_info(model: LoadedModel, context: EditorContext) -> dict[str, Any]:
         "vocabulary": model.vocabulary_size,
         "parameters": sum(p.numel() for p in model.model.parameters()),
         "dtype": str(model.weight(0).dtype).removeprefix("torch."),
-        "device": device_kind(model.device),
+        "device": device_kind(model),
         "chat": describe_chat_template(model.tokenizer),
         "facts": find_facts_file(model.path) is not None,
         **context.info(),
@@ -40,8 +41,16 @@ def weight_shapes(model: LoadedModel) -> dict[str, list[int]]:
     return {part: shape[::-1] if model.architecture.conv1d else shape for part, shape in shapes.items()}
 
 
-def device_kind(device: torch.device) -> str:
-    """Return the kind of a device. Devices of one kind hold identical bytes at one version."""
+def device_kind(model: LoadedModel) -> str:
+    """Return the kind of device that holds the blocks of a model; if there are several, each with the number of
+    consecutive blocks. Devices of one kind hold identical bytes at one version."""
+    kinds = [_kind_of(device) for device in model.block_devices]
+    if len(set(kinds)) == 1:
+        return kinds[0]
+    return ", ".join(f"{kind} x {len(list(blocks))}" for kind, blocks in groupby(kinds))
+
+
+def _kind_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

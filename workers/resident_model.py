@@ -30,7 +30,11 @@ def load_without_bos(settings: Settings) -> LoadedModel:
     if settings.dtype not in DTYPES:
         raise Misconfigured(f"unknown dtype {settings.dtype!r}: use {', '.join(DTYPES)}.")
     source = resolve_model(settings.model, settings.models_dir)
-    model = load_model(source, settings.device, DTYPES[settings.dtype], settings.adapter)
+    if settings.device_map is not None and "device" in settings.model_fields_set:
+        raise Misconfigured("--device and --device-map exclude each other: leave out one of both.")
+    model = load_model(
+        source, settings.device, DTYPES[settings.dtype], settings.adapter, settings.device_map == "auto"
+    )
     sentences = fact_sentences(model)
     check_predictions(model, sentences[:: -(-len(sentences) // CHECKED_FACTS) or 1])
     return model

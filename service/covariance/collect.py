@@ -29,7 +29,7 @@ FILE_FORMAT = 2  # raised when the meaning of a stored file changes
 
 def unpadded_keys(captured: Tensor, batch: PaddedBatch) -> Tensor:
     """Return the keys (N, D) of the tokens that are not padding."""
-    return captured.reshape(*batch.ids.shape, -1)[batch.mask.bool()]
+    return captured.reshape(*batch.ids.shape, -1)[batch.mask.to(captured.device).bool()]
 
 
 def tokenize_corpus(model: LoadedModel, corpus: Corpus) -> list[list[int]]:
@@ -63,7 +63,10 @@ def collect_statistics(
     With a checkpoint, an interrupted collection continues with the same sums.
     """
     batches = batch_by_length(tokenize_corpus(model, corpus))
-    sums = {layer: SecondMomentAccumulator(model.intermediate_size, model.device) for layer in layers}
+    sums = {
+        layer: SecondMomentAccumulator(model.intermediate_size, model.weight(layer).device)
+        for layer in layers
+    }
     added = {layer: checkpoint.load(layer, s) if checkpoint else 0 for layer, s in sums.items()}
     modules = {layer: model.down_proj(layer) for layer in layers}
     for i in range(min(added.values()), len(batches)):

@@ -70,7 +70,8 @@ def forward_activations(
             stack.enter_context(replaced(model.embedding, noise_hook))
         for a in written:
             factors = a.rank_one()
-            left, right = factors.left.to(model.device), factors.right.to(model.device)
+            device = model.weight(a.layer).device
+            left, right = factors.left.to(device), factors.right.to(device)
             stack.enter_context(add_low_rank(model.down_proj(a.layer), left, right))
         modules = {x: model.down_proj(x) for x in layers}
         keys = stack.enter_context(capture(modules, "input"))
@@ -82,7 +83,7 @@ def forward_activations(
             forward(model, batch)
 
     def pick(t: Tensor) -> Tensor:  # (texts, width)
-        return at_least_fp32(t.reshape(*batch.ids.shape, -1)[subject_positions])
+        return at_least_fp32(t.reshape(*batch.ids.shape, -1)[subject_positions]).to(model.device)
 
     def pick_each(captured: Mapping[int, Tensor]) -> dict[int, Tensor]:
         return {layer: pick(t) for layer, t in captured.items()}

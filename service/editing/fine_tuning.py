@@ -68,7 +68,9 @@ def fine_tune(model: LoadedModel, spec: FineTuneSpec) -> Stepper[EditFactors]:
         for site, c in zip(weight_refs, changes, strict=True)
     ]
     norm = float(torch.stack([c.norm() for c in changes]).norm())
-    return EditFactors(updates, losses, norm, float(torch.stack([w.norm() for w in initial_weights]).norm()))
+    return EditFactors(
+        updates, losses, norm, float(torch.stack([w.norm().cpu() for w in initial_weights]).norm())
+    )
 
 
 def _loss(

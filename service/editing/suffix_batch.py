@@ -54,7 +54,7 @@ class SuffixBatch:
     def select_rows(self, rows: Tensor) -> SuffixBatch:
         """Return a batch of some of the rows."""
         ids, mask, positions = self.ids[rows], self.mask[rows], self.positions[rows]
-        past = [p and (p[0][rows], p[1][rows]) for p in self.past]
+        past = [_rows_of(p, rows) for p in self.past]
         mentions = None if self.later_mentions is None else self.later_mentions[rows]
         mentions = None if mentions is None or not mentions.any() else mentions
         selected = replace(
@@ -82,9 +82,11 @@ class SuffixBatch:
 
         def add(output: Tensor) -> Tensor:
             shaped = output.view(*self.ids.shape, -1)
-            shaped[:, 0] += change.to(shaped.dtype)
+            change_here = change.to(shaped)
+            shaped[:, 0] += change_here
             if self.later_mentions is not None:
-                shaped += self.later_mentions[..., None] * change.to(shaped.dtype)[:, None]
+                mentions = self.later_mentions.to(shaped.device)
+                shaped += mentions[..., None] * change_here[:, None]
             return output
 
         hidden = self.hidden if self.delta_module else add(self.hidden.clone())
@@ -133,16 +135,24 @@ class LastBlockReader:
         hidden, past = self.suffix_batch.forward(change, layer), self.suffix_batch.past[layer]
         head_past = blocks.run_kv_only(self.head_inputs, layer, hidden[:, :tail_start], past)
         tail_hidden, _ = blocks.run(self.tail_inputs, layer, hidden[:, tail_start:], head_past)
-        first_column_past = past and (past[0][self.first_column_rows], past[1][self.first_column_rows])
+        first_column_past = _rows_of(past, self.first_column_rows)
         first_column_hidden, _ = blocks.run(
             self.first_column_inputs, layer, hidden[self.first_column_rows, :1], first_column_past
         )
         return torch.cat([tail_hidden.flatten(0, 1), first_column_hidden[:, 0]])[self.gather_index]
 
 
+def _rows_of(past: LayerKV | None, rows: Tensor) -> LayerKV | None:
+    """Return some rows of a layer's keys and values, on their device."""
+    if past is None:
+        return None
+    index = rows.to(past[0].device)
+    return past[0][index], past[1][index]
+
+
 @dataclass(frozen=True)
 class PrefillActivations:
-    """Activations of the first pass over all rows, at the subject's last token."""
+    """Activations of the first pass over all rows, at the subject's last token, on the model's main device."""
 
     keys: Tensor  #: (rows, D)
     values: Tensor  #: (rows, d), the down-projection's output
@@ -176,7 +186,7 @@ def prefill_suffixes(
             hidden, _ = blocks.run(block_inputs, layer, hidden, past[layer])
     resume_point: tuple[int, Tensor, nn.Module | None] = (delta_site.layer + 1, hidden, None)
     at = slice(None), 0
-    outputs = values[0].reshape(*suffix_tokens.ids.shape, -1)[at].clone()
+    outputs = values[0].reshape(*suffix_tokens.ids.shape, -1)[at].to(model.device, copy=True)
     if not delta_site.on_hidden_state and not _is_additive(
         blocks, block_inputs, delta_site.layer, block_input, hidden, past[delta_site.layer]
     ):
@@ -193,7 +203,7 @@ def prefill_suffixes(
         resume_point[2],
         _mention_mask(suffix_tokens.ids, [(text, at - starts[text]) for text, at in later_mentions]),
     )
-    subject_keys = keys[0].reshape(*suffix_tokens.ids.shape, -1)[at].clone()
+    subject_keys = keys[0].reshape(*suffix_tokens.ids.shape, -1)[at].to(model.device, copy=True)
     return suffixes, PrefillActivations(
         subject_keys, outputs, hidden[at].clone() if delta_site.on_hidden_state else outputs
     )
@@ -237,7 +247,7 @@ def _is_additive(
     probe = hidden[:, 0].detach().roll(1, -1)
 
     def add(output: Tensor) -> Tensor:
-        output.view(*hidden.shape[:2], -1)[:, 0] += probe
+        output.view(*hidden.shape[:2], -1)[:, 0] += probe.to(output.device)
         return output
 
     with replace_output(blocks.model.down_proj(layer), add):

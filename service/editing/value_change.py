@@ -89,7 +89,8 @@ def value_change(model: LoadedModel, layer: int, norm_input: Tensor, change: Ten
     norm = norm_after_value(model, layer)
     if norm is None:
         return change / model.residual_factor
-    old = norm_input.double()
-    norm_map = NormMap.of(norm, norm_input.to(model.weight(layer).dtype))
-    new = norm_map.nearest_input(old, norm_map.output(old) + change.double())
-    return (new - old).to(change.dtype)
+    weight = model.weight(layer)  # on the device of the block, which holds the norm
+    old = norm_input.to(weight.device).double()
+    norm_map = NormMap.of(norm, norm_input.to(weight))
+    new = norm_map.nearest_input(old, norm_map.output(old) + change.to(old))
+    return (new - old).to(change)

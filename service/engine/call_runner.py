@@ -74,7 +74,7 @@ class CallRunner:
         self._outbox = outbox
         self._max_batch_size = max_batch_size
         self._max_comparisons = max_comparisons
-        free = memory_estimates.free_bytes(replica.base.device)
+        free = memory_estimates.free_bytes_for_blocks(replica.base)
         self._kv_memory_bytes = None if free is None else int(free * kv_memory_fraction)
         self._cancel_poll_interval = cancel_poll_interval
         self._last_cancel_poll = float("-inf")

@@ -75,8 +75,9 @@ class VersionedModel:
     `attest` is called once for each version with the digest of its weights, before they are used; it raises
     DigestMismatch when other replicas hold other bytes. Without it versions are not attested.
 
-    The caches of weights (on the model's device) and of edit factors (in host memory) evict their least recently used
-    entries beyond `max_weight_bytes` and `max_factor_bytes`. The default of each is a share of the free memory.
+    The caches of weights (on the devices of their layers) and of edit factors (in host memory) evict their least
+    recently used entries beyond `max_weight_bytes` and `max_factor_bytes`. The default of each is a share of the free
+    memory.
     """
 
     def __init__(
@@ -94,8 +95,12 @@ class VersionedModel:
         self.edited_weights = 0  #: weights of the model that are not in their base state now
         self._attest = attest
         self._max_cached_versions = max_cached_versions
-        self._max_weight_bytes = max_weight_bytes or _default_cache_bytes(model.device)
-        self._max_factor_bytes = max_factor_bytes or _default_cache_bytes(torch.device("cpu"))
+        self._max_weight_bytes = max_weight_bytes or _default_cache_bytes(
+            memory_estimates.free_bytes_for_blocks(model)
+        )
+        self._max_factor_bytes = max_factor_bytes or _default_cache_bytes(
+            memory_estimates.free_bytes(torch.device("cpu"))
+        )
         self._weights: OrderedDict[int, WeightOverrides] = OrderedDict()
         self._attested: dict[int, str] = {}
         self._builds: dict[int, _VersionBuild] = {}
@@ -291,8 +296,7 @@ class VersionedModel:
         return step_within(steps, lambda: self.use_weights(weights))
 
 
-def _default_cache_bytes(device: torch.device) -> int:
-    free = memory_estimates.free_bytes(device)
+def _default_cache_bytes(free: int | None) -> int:
     return DEFAULT_CACHE_BYTES if free is None else int(free * CACHE_FRACTION)
 
 

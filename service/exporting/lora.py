@@ -97,7 +97,8 @@ class LoraAdapter:
         """Run the base model with the adapter beside its weights, as PEFT does."""
         with ExitStack() as stack:
             for site, f in self.factors.items():
-                a, b = f.a.to(model.device), f.b.to(model.device)
+                device = model.weight(site.layer).device
+                a, b = f.a.to(device), f.b.to(device)
                 stack.enter_context(add_low_rank(model.down_proj(site.layer), b, a))
             yield
 

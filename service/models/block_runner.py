@@ -93,7 +93,7 @@ class BlockRunner:
         )
         with self._stubbed_blocks(note), embedding_hook, stop_after(model.block(model.num_layers - 1)):
             self._run(ids, positions, cache, mask)
-        return BlockInputs(hidden_states[0], calls, cache)
+        return BlockInputs(hidden_states[0].to(model.device), calls, cache)  # block 0 may lie elsewhere
 
     def run(
         self, inputs: BlockInputs, layer: int, hidden: Tensor, past: LayerKV | None

@@ -10,7 +10,8 @@ STEP_FLOPS = {"cpu": 10**10, "cuda": 5 * 10**11}
 
 def step_budget(model: LoadedModel) -> int:
     """Return the floating-point operations that one step may take on the model's device."""
-    return STEP_FLOPS.get(model.device.type, STEP_FLOPS["cuda"])
+    types = {model.device.type, *(device.type for device in model.block_devices)}
+    return min(STEP_FLOPS.get(device_type, STEP_FLOPS["cuda"]) for device_type in types)
 
 
 def group_budget(model: LoadedModel) -> int:

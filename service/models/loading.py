@@ -41,6 +41,7 @@ from service.models.checkpoint import (
     refuse_adapter,
 )
 from service.models.fused_activations import use_fused_activations
+from service.models.placement import spread
 from service.models.position_limit import position_limit
 from service.models.token_text import TokenTextCache
 
@@ -80,7 +81,13 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
+        """The main device: that of everything but the blocks, and of all tensors between two modules."""
         return self.embedding.weight.device  # type: ignore[return-value]
+
+    @property
+    def block_devices(self) -> list[torch.device]:
+        """The device of each block, in order; the main device unless the model is spread over several."""
+        return [self.weight(layer).device for layer in range(self.num_layers)]
 
     @property
     def num_layers(self) -> int:
@@ -353,9 +360,11 @@ def load_model(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     adapter: Path | None = None,
+    all_devices: bool = False,
 ) -> LoadedModel:
     """Load a model from a folder, a GGUF file or a hub in `dtype`, and merge a LoRA adapter into it. Only safetensors
-    and GGUF are read, and no code from the hub is run."""
+    and GGUF are read, and no code from the hub is run. `all_devices`: spread its blocks over all devices of this
+    machine instead of putting it onto `device`."""
     path = local_model(Path(source)) if Path(source).exists() or is_gguf(source) else None
     model, tokenizer = _read(path or source, dtype, adapter)
     if not tokenizer.is_fast or len(tokenizer) <= len(
@@ -364,8 +373,12 @@ def load_model(
         raise Misconfigured(
             f"the model {str(source)!r} has no fast tokenizer (tokenizer.json): character offsets are needed."
         )
+    if all_devices:
+        spread(model, architecture_of(model.config))
+    else:
+        model.to(device)
     if path is None:
-        return wrap_model(model.to(device), tokenizer, str(source).rsplit("/", 1)[-1])
+        return wrap_model(model, tokenizer, str(source).rsplit("/", 1)[-1])
     if is_gguf(path):
-        return wrap_model(model.to(device), tokenizer, path.stem, path.parent, path)
-    return wrap_model(model.to(device), tokenizer, path.resolve().name, path)
+        return wrap_model(model, tokenizer, path.stem, path.parent, path)
+    return wrap_model(model, tokenizer, path.resolve().name, path)

@@ -8,6 +8,7 @@ number. No work copies the model: an edit keeps activations, and a version keeps
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,6 +228,18 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
         if device.type == "cpu"
         else None
     )
+
+
+def free_bytes_for_blocks(model: LoadedModel) -> int | None:
+    """Return the free bytes for what every block has an equal part of on its device, such as keys and values; None
+    where they are unknown."""
+    sizes: list[int] = []
+    for device, blocks in Counter(model.block_devices).items():
+        free = free_bytes(device)
+        if free is None:
+            return None
+        sizes.append(free * model.num_layers // blocks)
+    return min(sizes)
 
 
 def total_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
