@@ -8,7 +8,7 @@ perplexity and the regressions are those of the version, and count for every can
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -259,9 +259,13 @@ class GreedyText:
 
 
 def generate_greedy(
-    model: LoadedModel, prompts: Sequence[str], length: int = PREVIEW_TOKENS
+    model: LoadedModel,
+    prompts: Sequence[str],
+    length: int = PREVIEW_TOKENS,
+    is_enough: Callable[[str], bool] = lambda _text: False,
 ) -> Stepper[list[GreedyText]]:
-    """Return the greedy continuations of the prompts, at most `length` tokens each, decoded in one batch."""
+    """Return the greedy continuations of the prompts, at most `length` tokens each, decoded in one batch until
+    `is_enough` holds of the text of each."""
     greedy = Sampling(max_new_tokens=length, temperature=0)
     rows: list[DecodingSequence | None] = []
     for prompt in prompts:
@@ -271,7 +275,7 @@ def generate_greedy(
             rows.append(None)
     batch = DecodingBatch(model, [r for r in rows if r is not None])
     step = 0
-    while len(batch):
+    while any(not is_enough(sequence.text) for sequence in batch.sequences):
         batch.step()
         step += 1
         yield Progress(Phase.ANSWER, step, length)
