@@ -7,7 +7,7 @@ from typing import Any
 
 from cli.client import add_client_command
 from cli.edit_output import parse_hparam, print_edit_result
-from cli.flags import add_hparam_flag
+from cli.flags import add_hparam_flag, add_separator_flag, separator_of
 from cli.job_output import JobJson, failure_reason, wait_for_job
 from cli.terminal import err, out, print_json, strip_control_chars
 from palimpsest import Client
@@ -43,6 +43,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--paraphrase", metavar="PROMPT", action="append", help="another prompt to measure; repeatable"
     )
+    add_separator_flag(parser)
     add_hparam_flag(parser)
 
 
@@ -64,6 +65,7 @@ def edit_fields(args: argparse.Namespace) -> dict[str, Any]:
         "prompt": args.prompt,
         "target_new": args.target,
         "target_true": args.true,
+        "separator": separator_of(args),
         "objective": args.objective,
         "on_conflict": args.on_conflict,
         "dry_run": args.dry_run,
