@@ -358,9 +358,7 @@ def test_layers(
         assert missing < unconverted
 
 
-def _missing_change(
-    model: LoadedModel, statistics: dict[int, KeyStatistics], wanted_change: Tensor
-) -> float:
+def _missing_change(model: LoadedModel, statistics: dict[int, KeyStatistics], wanted_change: Tensor) -> float:
     """Return the share of the wanted change of the hidden state that an edit of two layers does not give."""
     factors = run_to_completion(find_factors(model, statistics, (), STATEMENT, "Rome", TWO_LAYERS, "edit_1"))
     hidden = {"hidden": model.block(1)}

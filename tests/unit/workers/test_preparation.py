@@ -31,7 +31,9 @@ def preparation() -> Preparation:
     )
 
 
-@pytest.mark.parametrize("tasks", [[steps(0)], [steps(2), steps(1)], [steps(1, Unavailable("The disk is full."))]])
+@pytest.mark.parametrize(
+    "tasks", [[steps(0)], [steps(2), steps(1)], [steps(1, Unavailable("The disk is full."))]]
+)
 def test_the_end_is_announced_at_once(preparation: Preparation, tasks: list[Any]) -> None:
     """`on_end` is called when the last task has ended or failed, and not before."""
     ended: list[bool] = []
