@@ -9,8 +9,11 @@ import transformers.models.gpt2.modeling_gpt2
 import uvicorn.protocols.http.h11_impl
 
 import api.app
+import cli.api
 import cli.http_server
 import cli.main
+import cli.serve
+import cli.worker
 import cli.worker_process
 import workers.health_server
 import workers.worker
