@@ -104,6 +104,7 @@ class ValueSearchCache:
     def _cache_key(self, delta_site: DeltaSite, spec: ValueSearchSpec) -> str:
         p = spec.parameters
         loss = (p.steps, p.learning_rate, p.weight_decay, p.clamp, p.kl_factor, p.stop_loss, spec.objective)
+        loss += (p.restatement_weight, p.subject_weight)
         key = (
             self.model.fingerprint,
             delta_site,

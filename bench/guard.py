@@ -4,8 +4,8 @@
     python bench/guard.py --cases 100
 
 Every edit is computed on the base model. The guard evaluates it alone at strength 1, with two paraphrases and
-five neighbours. Facts at even indices of the seeded order are used to choose limits, those at odd indices to
-report results.
+five neighbours of the record or, with `--auto`, with the probes that the service finds. Facts at even indices of the
+seeded order are used to choose limits, those at odd indices to report results.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from service.engine.versioned_model import EmptyLedger, VersionedModel
 from service.kit.steps import run_to_completion
 from service.kit.text import fill_prompt
 from service.models.loading import load_model
-from service.schemas import EditRequest, Guard
+from service.schemas import AUTO, EditRequest, Guard
 from service.settings import SHIPPED_MODEL
 from service.weights.factors import Association, EditUpdate
 
@@ -96,6 +96,7 @@ class GuardExperiment:
         records = read_records(path, args.seed)
         self.splits = {"choose": records[::2], "report": records[1::2]}
         self.rng = random.Random(args.seed)
+        self.probes = AUTO if args.auto else None  #: None: those of the record
 
     # good edits and bad ones
 
@@ -121,7 +122,8 @@ class GuardExperiment:
             "prompt": record.prompt,
             "target_true": record.target_true,
             "hparams": FAST_HPARAMS | layers,
-            "probes": {
+            "probes": self.probes
+            or {
                 "paraphrase": record.paraphrases[:2],
                 "neighborhood": [{"prompt": n.prompt, "target": n.target} for n in record.neighbours[:5]],
             },
@@ -274,6 +276,7 @@ def main() -> None:
     parser.add_argument(
         "--splits", nargs="*", default=["choose", "report"], help="splits of the facts (default: both)"
     )
+    parser.add_argument("--auto", action="store_true", help="with the probes that the service finds")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     experiment = GuardExperiment(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from cli.client import add_client_command
@@ -41,7 +42,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--dry-run", action="store_true", help="measure the edit without applying it")
     parser.add_argument(
-        "--paraphrase", metavar="PROMPT", action="append", help="another prompt to measure; repeatable"
+        "--paraphrase",
+        metavar="PROMPT",
+        action="append",
+        help="another prompt to measure, in place of those that the service finds; repeatable",
+    )
+    parser.add_argument(
+        "--no-probes",
+        action="store_true",
+        help="do not look for paraphrases and side effects: faster, and damage to other subjects is not seen",
     )
     add_separator_flag(parser)
     add_hparam_flag(parser)
@@ -70,9 +79,16 @@ def edit_fields(args: argparse.Namespace) -> dict[str, Any]:
         "on_conflict": args.on_conflict,
         "dry_run": args.dry_run,
         "hparams": dict(parse_hparam(text) for text in args.hparam or ()) or None,
-        "probes": {"paraphrase": args.paraphrase} if args.paraphrase else None,
+        "probes": probe_choice(args.paraphrase, args.no_probes),
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def probe_choice(paraphrases: Sequence[str] | None, none_found: bool) -> dict[str, Any] | None:
+    """Return the `probes` of the request; None for the default of the service, which finds all of them."""
+    if not paraphrases and not none_found:
+        return None
+    return {"paraphrase": list(paraphrases or ()), "neighborhood": [] if none_found else "auto"}
 
 
 def outcome_message(edit: JobJson) -> str:

@@ -29,7 +29,7 @@ def parse_hparam(text: str) -> tuple[str, Any]:
 
 
 def print_edit_result(edit: JobJson) -> None:
-    """Print the probabilities before and after an edit, the generated texts and the conflicts."""
+    """Print the probabilities before and after an edit, the generated texts, side effects and the conflicts."""
     result = edit.get("result") or {}
     if result:
         out.print(measurement_table(result))
@@ -37,6 +37,8 @@ def print_edit_result(edit: JobJson) -> None:
         out.print(
             format_pairs({"text before": rewrite.get("text_before"), "text after": rewrite.get("text_after")})
         )
+    for line in side_effect_lines(result):
+        out.print(strip_control_chars(line))
     if search := result.get("layer_search"):
         out.print(strip_control_chars(layer_search_text(search)))
     superseded_ids = result.get("supersedes") or []
@@ -45,6 +47,37 @@ def print_edit_result(edit: JobJson) -> None:
         out.print(
             strip_control_chars(f"{relation}: {other['edit']}, {other['prompt']!r}: {other['target_new']}")
         )
+
+
+def side_effect_lines(result: JobJson) -> Iterator[str]:
+    """Yield how many of the probes that the service found are right, and what else the edit changed."""
+    rewordings, neighbors = _found_probes(result, "paraphrase"), _found_probes(result, "neighborhood")
+    if rewordings:
+        follow = sum(map(_prefers_new, rewordings))
+        yield f"paraphrases: the new object is the more probable one after {follow} of {len(rewordings)}"
+    side_effects = result.get("side_effects") or {}
+    if neighbors:
+        kept = side_effects["neighbors"] - side_effects["changed"]
+        yield f"neighbors: {kept} of {side_effects['neighbors']} keep their answers"
+    if side_effects.get("reason"):
+        yield f"side effects: not measured ({side_effects['reason']})"
+    for change in result.get("also_changed") or []:
+        what = change["subject"] or change["prompt"]
+        yield f"also changed: {what}: {change['before']} to {change['after'] or 'no answer'}"
+
+
+def _found_probes(result: JobJson, kind: str) -> list[JobJson]:
+    return [probe for probe in result.get(kind) or [] if not is_given(probe)]
+
+
+def is_given(probe: JobJson) -> bool:
+    """Whether the request gave a probe; otherwise the service found it."""
+    return bool(probe.get("source", "request") == "request")
+
+
+def _prefers_new(probe: JobJson) -> bool:
+    new, true = probe["after"]["new"], probe["after"]["true"]
+    return None not in (new, true) and bool(new > true)  # a figure that is not finite is null
 
 
 def layer_search_text(search: JobJson) -> str:
@@ -76,7 +109,7 @@ def _format_probability(p: float | None) -> str:
 
 
 def iter_measurements(result: JobJson) -> Iterator[tuple[Any, ...]]:
-    """Yield (kind, prompt, object, before, after): both objects on the edited prompt, the expected one on each
+    """Yield (kind, prompt, object, before, after): both objects on the edited prompt, the expected one on each given
     probe."""
     for probe_kind, objects in (
         ("rewrite", ("new", "true")),
@@ -84,7 +117,7 @@ def iter_measurements(result: JobJson) -> Iterator[tuple[Any, ...]]:
         ("neighborhood", ("true",)),
     ):
         probes = result.get(probe_kind) or []
-        for probe in [probes] if isinstance(probes, Mapping) else probes:
+        for probe in filter(is_given, [probes] if isinstance(probes, Mapping) else probes):
             for kind in objects if probe["new"] != probe["true"] else objects[:1]:
                 yield probe_kind, probe["prompt"], probe[kind], probe["before"][kind], probe["after"][kind]
 

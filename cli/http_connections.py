@@ -34,17 +34,18 @@ class TimeLimits:
     )
     body: float = 20.0  #: without a byte of the body
     body_rate: float = 1000.0  #: average rate of a body, after the first `body` seconds
-    unread_body: float = (
-        5.0  #: for the rest of a body after the response, which the client may still be sending
-    )
+    unread_pause: float = 5.0  #: without a byte of the rest of a body that is sent after the response
+    #: for all of that rest; a client that is still sending reads the response only if the connection stays open
+    unread_body: float = 30.0
     write: float = 60.0  #: without a byte of the response taken by the client
     keep_alive: float = 75.0  #: without a request after a response; longer than the timeout of common proxies
 
     def sweep_interval(self) -> float:
         """Return the seconds between two checks, shorter than each limit."""
-        return min(
-            SWEEP_INTERVAL, min(self.header, self.body, self.unread_body, self.write, self.keep_alive) / 4
+        shortest = min(
+            self.header, self.body, self.unread_pause, self.unread_body, self.write, self.keep_alive
         )
+        return min(SWEEP_INTERVAL, shortest / 4)
 
 
 class Connection(Protocol):

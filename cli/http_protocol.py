@@ -182,10 +182,7 @@ class HttpConnection(H11Protocol):
         elif self.conn.their_state is h11.SEND_BODY:
             if self.flow.read_paused:  # by the application, which does not take the body
                 self._last_received = at
-            if self.cycle.response_complete:
-                if at - self._responded_at > limits.unread_body:
-                    self._time_out("body")
-            elif at > self._body_deadline():
+            if at > (self._unread_deadline() if self.cycle.response_complete else self._body_deadline()):
                 self._time_out("body")
         elif self._waiting_since is not None and at - self._waiting_since > limits.keep_alive:
             self.transport.close()
@@ -202,6 +199,11 @@ class HttpConnection(H11Protocol):
         """Return when the body is late: after a pause, or below the least rate."""
         by_rate = self._body_since + self._limits.body + self._received / self._limits.body_rate
         return min(self._last_received + self._limits.body, by_rate)
+
+    def _unread_deadline(self) -> float:
+        """Return when the rest of a body, which is not used after the response, is late."""
+        since_last_byte = max(self._responded_at, self._last_received) + self._limits.unread_pause
+        return min(since_last_byte, self._responded_at + self._limits.unread_body)
 
     def _awaits_header(self) -> bool:
         return self.conn.their_state is h11.IDLE

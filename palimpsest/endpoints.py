@@ -42,10 +42,11 @@ class Neighbour(TypedDict):
 
 
 class Probes(TypedDict, total=False):
-    """Prompts that measure an edit: paraphrases that must change, and neighbours that must not."""
+    """Prompts that measure an edit: paraphrases that must change, and neighbours that must not. "auto": the service
+    finds them."""
 
-    paraphrase: Sequence[str]
-    neighborhood: Sequence[Neighbour]
+    paraphrase: Sequence[str] | Literal["auto"]
+    neighborhood: Sequence[Neighbour] | Literal["auto"]
 
 
 class Message(TypedDict):
@@ -74,7 +75,7 @@ class EditRequest(_RequiredEditFields, total=False):
     on_conflict: Literal["report", "supersede", "reject"]
     method: str
     hparams: Mapping[str, Any]
-    probes: Probes
+    probes: Probes | Literal["auto"]
     guard: Mapping[str, Any]
     dry_run: bool
 
@@ -101,7 +102,7 @@ class Endpoints:
         on_conflict: Literal["report", "supersede", "reject"] | None = None,
         method: str | None = None,
         hparams: Mapping[str, Any] | None = None,
-        probes: Probes | None = None,
+        probes: Probes | Literal["auto"] | None = None,
         guard: Mapping[str, Any] | None = None,
         dry_run: bool | None = None,
         key: str | None = None,
@@ -113,6 +114,9 @@ class Endpoints:
         Return the applied edit. Raise `EditRejected` when the guard rejects it. A dry run is returned in either case.
         With `wait=False` return the queued edit. `key` is an idempotency key: a second call with it returns the same
         edit.
+
+        The service finds probes unless some are given; `{}` gives none. `Edit.also_changed` lists the other subjects
+        whose answers the edit changes.
         """
         body = drop_none(
             subject=subject,

@@ -126,6 +126,11 @@ class Edit(Job):
         return str((self.result or {}).get("reason") or super().reason)
 
     @property
+    def also_changed(self) -> list[Json]:
+        """The other prompts whose greedy answers the edit changes: `prompt`, `subject`, `before` and `after`."""
+        return list((self.result or {}).get("also_changed") or [])
+
+    @property
     def before(self) -> float | None:
         """The probability of the new object before the edit; of the true object for `erase` and `amplify`."""
         return self._probability("before")

@@ -14,7 +14,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapSerializer,
+    WrapValidator,
     field_validator,
     model_validator,
 )
@@ -82,11 +86,61 @@ class NeighborhoodProbe(RequestModel):
     target: Name
 
 
-class Probes(RequestModel):
-    """Prompts that measure an edit. A paraphrase may contain {} in place of the subject, or the subject itself."""
+#: in place of probes: the service finds them
+Auto = Literal["auto"]
+AUTO: Auto = "auto"
 
-    paraphrase: list[Text] = Field(default_factory=list, max_length=64)
-    neighborhood: list[NeighborhoodProbe] = Field(default_factory=list, max_length=64)
+
+def _validate_unless_auto(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    if isinstance(value, str):
+        if value != AUTO:
+            raise ValueError(f'must be "{AUTO}", or the probes themselves.')
+        return value
+    return validate(value)
+
+
+def _serialize_unless_auto(value: Any, serialize: SerializerFunctionWrapHandler) -> Any:
+    return value if value == AUTO else serialize(value)
+
+
+_SERIALIZER = WrapSerializer(_serialize_unless_auto)
+_ParaphraseList = Annotated[list[Text], Field(max_length=64)]
+_NeighborhoodList = Annotated[list[NeighborhoodProbe], Field(max_length=64)]
+# A union of the two types would report each error twice, below the names of both.
+if TYPE_CHECKING:
+    ParaphraseProbes = list[str] | Auto
+    NeighborhoodProbes = list[NeighborhoodProbe] | Auto
+else:
+    ParaphraseProbes = Annotated[
+        _ParaphraseList,
+        WrapValidator(_validate_unless_auto, json_schema_input_type=_ParaphraseList | Auto),
+        _SERIALIZER,
+    ]
+    NeighborhoodProbes = Annotated[
+        _NeighborhoodList,
+        WrapValidator(_validate_unless_auto, json_schema_input_type=_NeighborhoodList | Auto),
+        _SERIALIZER,
+    ]
+
+
+class Probes(RequestModel):
+    """Prompts that measure an edit; "auto" in place of a list: the service finds them."""
+
+    paraphrase: ParaphraseProbes = Field(
+        default_factory=list,
+        description="prompts after which the new object should follow, with {} in place of the subject or the subject itself",
+    )
+    neighborhood: NeighborhoodProbes = Field(
+        default_factory=list, description="prompts about other subjects, which must keep their answers"
+    )
+
+
+if TYPE_CHECKING:
+    ProbeChoice = Probes | Auto
+else:
+    ProbeChoice = Annotated[
+        Probes, WrapValidator(_validate_unless_auto, json_schema_input_type=Probes | Auto), _SERIALIZER
+    ]
 
 
 class Guard(RequestModel):
@@ -108,6 +162,13 @@ class Guard(RequestModel):
         ge=0,
         le=1,
         description="minimum share of the paraphrases for which the new object is more probable than the true one",
+    )
+    min_subject: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="minimum probability with which the model names the subject when it restates the fact, as a share of that before "
+        "the edit",
     )
     max_perplexity: float = Field(
         1.1,
@@ -193,13 +254,29 @@ class EditRequest(RequestModel):
         description="how to handle active edits that state the same relation in other words: keep and report them, supersede them, or "
         "reject this edit",
     )
-    probes: Probes = Field(default_factory=Probes)
+    probes: ProbeChoice = Field(
+        AUTO,
+        description='prompts that measure the edit; "auto": the service finds paraphrases and neighbours, and reports which neighbours '
+        "the edit changes; {}: none",
+    )
     guard: Guard = Field(default_factory=Guard)
     dry_run: bool = Field(False, description="evaluate the edit without applying it")
 
     def statement_text(self) -> str:
         """Return the prompt with the subject filled in."""
         return fill_prompt(self.prompt, self.subject).text
+
+    @property
+    def given_paraphrases(self) -> list[str] | None:
+        """Return the paraphrases of the request, or None if the service is to find them."""
+        paraphrases = AUTO if self.probes == AUTO else self.probes.paraphrase
+        return None if paraphrases == AUTO else paraphrases
+
+    @property
+    def given_neighbors(self) -> list[NeighborhoodProbe] | None:
+        """Return the neighbours of the request, or None if the service is to find them."""
+        neighbors = AUTO if self.probes == AUTO else self.probes.neighborhood
+        return None if neighbors == AUTO else neighbors
 
     @property
     def target_object(self) -> str | None:

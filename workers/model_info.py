@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 
 from service.datasets.fact_table import find_facts_file
 from service.editing.context import EditorContext
-from service.kit.chat_format import MAX_TEMPLATE
+from service.models.chat import describe_chat_template
 from service.models.loading import LoadedModel, WeightRef
-
-log = logging.getLogger(__name__)
 
 
 def model_info(model: LoadedModel, context: EditorContext) -> dict[str, Any]:
@@ -30,29 +27,10 @@ def model_info(model: LoadedModel, context: EditorContext) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.model.parameters()),
         "dtype": str(model.weight(0).dtype).removeprefix("torch."),
         "device": device_kind(model.device),
-        "chat": chat_info(model),
+        "chat": describe_chat_template(model.tokenizer),
         "facts": find_facts_file(model.path) is not None,
         **context.info(),
     }
-
-
-def chat_info(model: LoadedModel) -> dict[str, Any] | None:
-    """Return the chat template and the special tokens that it uses, which the torch-free API renders; None without
-    one."""
-    template = model.tokenizer.chat_template
-    if isinstance(template, dict):  # templates by their names
-        template = template.get("default")
-    if not isinstance(template, str):
-        return None
-    if len(template) > MAX_TEMPLATE:
-        log.warning("chat template ignored: it has %d characters, more than %d", len(template), MAX_TEMPLATE)
-        return None
-    tokens = {
-        name: str(token)
-        for name, token in model.tokenizer.special_tokens_map.items()
-        if isinstance(token, str)
-    }
-    return {"template": template, "special_tokens": tokens}
 
 
 def weight_shapes(model: LoadedModel) -> dict[str, list[int]]:

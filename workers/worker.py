@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from service.bootstrap import Container, retention
+from service.datasets.fact_table import FACTS_FILE, find_facts_file
 from service.editing.context import EditorContext, open_editor_context
 from service.engine.engine import Engine, EngineConfig
 from service.engine.versioned_model import VersionedModel
@@ -22,7 +23,7 @@ from service.kit.retry import retry_until_available
 from service.ledger import audit
 from service.ledger.cached import CachedLedger
 from service.models.loading import LoadedModel
-from service.settings import Settings
+from service.settings import SHIPPED_MODEL, Settings
 from workers.heartbeat import HeartbeatThread
 from workers.job_handlers import job_handlers
 from workers.model_info import model_info, tokenizer_json
@@ -132,7 +133,11 @@ class Worker:
         )
         self._retry_until_available(lambda: self._refuse_foreign_workers(worker_session))
         context = open_editor_context(
-            model, settings.data_dir / "statistics", settings.corpus, settings.covariance_tokens
+            model,
+            settings.data_dir / "statistics",
+            settings.corpus,
+            settings.covariance_tokens,
+            facts=find_facts_file(model.path) or SHIPPED_MODEL / FACTS_FILE,
         )
         self.preparation = Preparation(
             context, worker_session, prepares=bool(EDITING_ROLES & set(self.roles))

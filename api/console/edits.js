@@ -181,7 +181,7 @@ function form(query, signal) {
     subject.value = request.subject ?? "";
     fresh.value = request.target_new ?? "";
     old.value = request.target_true ?? "";
-    probes.value = request.probes ?? {};
+    probes.value = request.probes ?? "auto";
     limits.value = request.guard ?? {};
     separator.value = request.separator ?? "";
     if (request.method) method.value = request.method;
@@ -260,11 +260,13 @@ function given(query) {
   );
   const probes = query.get("probes");
   const guard = query.get("guard");
-  return { ...request, probes: probes ? JSON.parse(probes) : {}, guard: guard ? JSON.parse(guard) : {} };
+  return { ...request, probes: probes ? JSON.parse(probes) : "auto", guard: guard ? JSON.parse(guard) : {} };
 }
 
-/** Fields for probes: paraphrases should follow the edit, neighbours must keep their answers. */
+/** Fields for probes: paraphrases should follow the edit, neighbours must keep their answers. The service finds those of
+ *  a kind of which none are given. */
 function probeFields() {
+  const auto = h("input", { type: "checkbox", name: "auto_probes", checked: true });
   const paraphrases = h("div", { class: "rows" });
   const neighbours = h("div", { class: "rows" });
   const count = h("span", { class: "count" });
@@ -273,6 +275,7 @@ function probeFields() {
     { class: "folded" },
     h("summary", {}, "Probes ", count),
     h("p", { class: "note" }, "Probes are measured before and after the edit."),
+    h("label", { class: "check" }, auto, h("span", {}, "Find paraphrases or neighbours where none are given")),
     h("h3", {}, "Paraphrases: should give the new object"),
     paraphrases,
     h(
@@ -340,16 +343,24 @@ function probeFields() {
   return {
     element: details,
     get value() {
+      const orAuto = (given) => (given.length === 0 && auto.checked ? "auto" : given);
       return {
-        paraphrase: values(paraphrases)
-          .map(([text]) => text)
-          .filter(Boolean),
-        neighborhood: values(neighbours)
-          .filter(([text]) => text)
-          .map(([text, target]) => ({ prompt: text, target })),
+        paraphrase: orAuto(
+          values(paraphrases)
+            .map(([text]) => text)
+            .filter(Boolean),
+        ),
+        neighborhood: orAuto(
+          values(neighbours)
+            .filter(([text]) => text)
+            .map(([text, target]) => ({ prompt: text, target })),
+        ),
       };
     },
-    set value({ paraphrase = [], neighborhood = [] }) {
+    set value(probes) {
+      const kinds = [probes.paraphrase ?? "auto", probes.neighborhood ?? "auto"];
+      const [paraphrase, neighborhood] = kinds.map((given) => (given === "auto" ? [] : given));
+      auto.checked = kinds.includes("auto");
       replaceChildren(paraphrases);
       replaceChildren(neighbours);
       paraphrase.forEach((text) => add(paraphrases, [["Paraphrase", "", text]], false));

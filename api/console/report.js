@@ -1,7 +1,7 @@
 // One edit: progress while it runs, then its measurements.
 
 import { h, replaceChildren } from "./dom.js";
-import { figure, duration, percent, timeAgo, actorName } from "./format.js";
+import { figure, duration, percent, plural, timeAgo, actorName } from "./format.js";
 import { guardVerdict } from "./guard.js";
 import { confirmButton, facts, follow, link, pill, raw, probabilityShift, table, withTrueObject, whileDisabled, factLine } from "./components.js";
 import { ask, download, get, post } from "./service.js";
@@ -45,7 +45,7 @@ export async function show(place, { id, signal }) {
 
 /** Return the measurements; the guard comes first if the edit was rejected. */
 function sections(edit) {
-  const found = [textSection(edit), probabilitySection(edit)];
+  const found = [textSection(edit), sideEffectSection(edit), probabilitySection(edit)];
   const judged = guard(edit);
   return [
     edit.status === "rejected" ? [judged, ...found] : [...found, judged],
@@ -229,9 +229,41 @@ function textSection(edit) {
   );
 }
 
+/** Return the other prompts whose answers the edit changes. Reports of earlier versions have none. */
+function sideEffectSection(edit) {
+  const { side_effects: found, also_changed: changes = [] } = edit.result;
+  if (!found) return null;
+  const kept = found.neighbors - found.changed;
+  return h(
+    "section",
+    {},
+    h("h2", {}, "Side effects"),
+    h(
+      "p",
+      { class: "note" },
+      found.measured
+        ? `${kept} of ${plural(found.neighbors, "neighbour")} ${kept === 1 ? "keeps its answer" : "keep their answers"}.`
+        : `Not measured: ${found.reason}.`,
+    ),
+    changes.length > 0 && [
+      h("h3", {}, "Also changed"),
+      table(
+        "Also changed",
+        [["prompt"], ["before"], ["after"]],
+        changes.map(({ prompt, before, after }) => [
+          h("span", { class: "prompt" }, prompt),
+          before,
+          h("b", {}, after || "no answer"),
+        ]),
+      ),
+    ],
+  );
+}
+
 /** Return the probabilities of both objects for the prompt and every probe. */
 function probabilitySection(edit) {
-  const { rewrite, paraphrase = [], neighborhood = [] } = edit.result;
+  const { rewrite, paraphrase = [], neighborhood = [], also_changed: changes = [] } = edit.result;
+  const changed = new Set(changes.map(({ prompt }) => prompt));
   if (!rewrite) return null;
   const two = edit.objective === "write";
   const probes = [
@@ -262,14 +294,16 @@ function probabilitySection(edit) {
       table(
         "Probes",
         [["prompt"], ["object"], ["before", true], ["after", true], ["", false]],
-        probes.map(([kind, probe]) => row(kind, probe, two)),
+        probes.map(([kind, probe]) => row(kind, probe, two, changed.has(probe.prompt))),
       ),
     ],
   );
 }
 
-function row(kind, probe, two) {
-  const follows = probe.after.new > probe.after.true;
+/** Return a row of the table of probes. A neighbour that the service found is judged by its answer, `changed` or not. */
+function row(kind, probe, two, changed) {
+  const given = (probe.source ?? "request") === "request";
+  const follows = kind === "paraphrase" || given ? probe.after.new > probe.after.true : changed;
   const [object, which] = kind === "paraphrase" && two ? [probe.new, "new"] : [probe.true, "true"];
   const fine = kind === "paraphrase" ? (two ? follows : true) : two ? !follows : true;
   const word =

@@ -26,7 +26,7 @@ from service.kit.separator import Separator
 from service.kit.text import fact_key
 from service.ledger.ledger import Entry, canonical_json, iso_utc
 from service.methods.registry import METHODS, SOLVE_RULES
-from service.schemas import MAX_HPARAMS, EditRequest, MethodName, Objective
+from service.schemas import MAX_HPARAMS, EditRequest, MethodName, Objective, Probes
 
 FORMAT = "palimpsest-edits-2"
 MAX_EDITS = 1000  #: edits in one file
@@ -104,15 +104,21 @@ class ImportedEdit:
 
     @property
     def request(self) -> EditRequest:
-        """Return the request of the import: the original one with the resolved hyperparameters, and to be committed."""
-        provenance = self.edit.provenance
+        """Return the request of the import: the original one with the resolved hyperparameters, and to be committed.
+
+        Its probes are the given ones. The service finds none for it: that would take longer than the rest of an import.
+        """
+        provenance, request = self.edit.provenance, self.edit.request
         changes = {
+            "probes": Probes(
+                paraphrase=request.given_paraphrases or [], neighborhood=request.given_neighbors or []
+            ),
             "hparams": provenance.hparams,
             "method": provenance.method,
             "separator": provenance.resolved_separator,
             "dry_run": False,
         }
-        return self.edit.request.model_copy(update=changes)
+        return request.model_copy(update=changes)
 
     @property
     def identity(self) -> tuple[str, str]:

@@ -33,12 +33,12 @@ def validate_edit(request: EditRequest, model: Model, encoder: TextEncoder) -> N
         if (target := getattr(request, name)) is not None:
             _validate_target(encoder, statement.text, target, name, request.separator)
     token_span(encoder.encode(statement.text)[1], statement.span)
-    for number, prompt in enumerate(request.probes.paraphrase):
+    for number, prompt in enumerate(request.given_paraphrases or ()):
         with error_path(f"probes.paraphrase.{number}"):
             text = fill_prompt(prompt, request.subject).text if "{}" in prompt else prompt
             encoder.check_plain(text, "prompt")
             encoder.check(text, request.target_object)
-    for number, neighbour in enumerate(request.probes.neighborhood):
+    for number, neighbour in enumerate(request.given_neighbors or ()):
         with error_path(f"probes.neighborhood.{number}"):
             encoder.check_plain(neighbour.prompt, "prompt")
             _validate_target(encoder, neighbour.prompt, neighbour.target, "target")

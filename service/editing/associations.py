@@ -55,7 +55,7 @@ class LayerActivations:
     hidden: Tensor  #: (rows, d) after the highest edited layer
 
 
-def _forward_activations(
+def forward_activations(
     model: LoadedModel,
     texts: Sequence[TokenizedStatement],
     layers: Sequence[int],
@@ -107,7 +107,7 @@ def _key_activations(model: LoadedModel, value: ValueResult, spec: ValueEditSpec
     ]
     if unseen_texts:
         (layer,) = parameters.layers
-        activations = _forward_activations(
+        activations = forward_activations(
             model,
             [TokenizedStatement(t.ids_through_subject, t.subject) for t in unseen_texts],
             [layer],
@@ -200,7 +200,7 @@ def _write_several_layers(
     written: list[Association] = []
     target_hidden: Tensor | None = None
     for i, layer in enumerate(layers):
-        activations = _forward_activations(
+        activations = forward_activations(
             model, _key_texts(tokenized, parameters), layers, written, spec.noise
         )
         hidden = _weighted_mean(activations.hidden, tokenized, parameters)

@@ -3,15 +3,25 @@ it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from service.editing.edit_spec import EditFactors
+from service.editing.greedy_text import GreedyText
 from service.editing.probes import Probe, ProbeResult
 from service.kit.text import fact_key
 from service.methods.parameters import Parameters
 from service.methods.registry import DEFAULT_METHOD
 from service.schemas import EditRequest
+
+
+@dataclass(frozen=True)
+class FoundNeighbors:
+    """The neighbours that the service found for an edit, with the greedy continuations at the version of the search."""
+
+    version: int
+    probes: list[Probe]
+    texts: list[GreedyText]
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,9 @@ class ResolvedEdit:
     rewrite_probe: Probe
     paraphrase_probes: list[Probe]
     neighborhood_probes: list[Probe]
+    found_neighbors: FoundNeighbors | None = None  #: where `neighborhood_probes` are not those of the request
+    #: whether the model names the subject where it restates the fact (`restatement.py`); its objects are the subject
+    name_probe: Probe | None = None
     layer_search: dict[str, Any] | None = None  #: how its layer was chosen, where the recipe left it open
 
     @property
@@ -63,3 +76,6 @@ class VersionMeasurement:
     holding_edits: set[str]  #: the active edits among the regression probes that hold
     #: of the rewrite probe when the superseded edits are left out; None when that makes no difference
     rewrite_without_superseded: ProbeResult | None = None
+    name: ProbeResult | None = None  #: of `ResolvedEdit.name_probe`
+    #: of `ResolvedEdit.neighborhood_probes`, in their order
+    neighbor_texts: list[GreedyText] = field(default_factory=list)

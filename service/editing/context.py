@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,12 @@ from torch import Tensor
 from service.covariance.collect import load_or_collect_statistics
 from service.covariance.corpus import Corpus, CorpusSource, default_tokens, load_corpus
 from service.covariance.second_moment import KeyStatistics
+from service.datasets.fact_table import find_facts_file
+from service.datasets.relation_table import RelationTable, load_relation_table
 from service.editing.context_templates import CONTEXT_LENGTHS, TOP_K, sample_contexts
 from service.editing.edit_spec import EditFactors, batch_edit_specs, build_edit_spec
 from service.editing.find_factors import find_batch_factors
+from service.errors import InvalidInput
 from service.kit.files import write_atomically
 from service.kit.folder_lock import once_in_folder
 from service.kit.steps import Phase, Stepper
@@ -32,6 +36,8 @@ from service.recipes.published import published_recipe
 from service.recipes.recipe import Recipe, parse_recipe, resolve_hparams
 from service.recipes.shipped import ModelShape, shipped_recipe
 from service.schemas import Objective
+
+log = logging.getLogger(__name__)
 
 REFERENCE_TEXTS = 48  # texts of the corpus on which the guard measures the perplexity
 RECIPES_FOLDER = "recipes"  # the folder of tuned recipes, next to that of the statistics
@@ -65,9 +71,16 @@ class EditorContext:
     """
 
     def __init__(
-        self, model: LoadedModel, recipe: Recipe | None, corpus: Corpus | CorpusSource, folder: Path | None
+        self,
+        model: LoadedModel,
+        recipe: Recipe | None,
+        corpus: Corpus | CorpusSource,
+        folder: Path | None,
+        facts: Path | None = None,
     ) -> None:
         self.model = model
+        self._facts = facts  # the table of facts, of which probes are made
+        self._relation_table: RelationTable | None = None
         self.recipe = recipe
         self.folder = folder
         self.recipes = folder.parent / RECIPES_FOLDER if folder else None
@@ -137,6 +150,17 @@ class EditorContext:
             task = loading[0] if loading else self._submit_corpus()
             yield from self.queue.wait_until(task, lambda: self._corpus is not None)
         return self.corpus
+
+    def get_relation_table(self) -> Stepper[RelationTable | None]:
+        """Return the table of facts by relation, read at the first call; None where there is none, or none that can be
+        read."""
+        if self._relation_table is None and self._facts is not None:
+            try:
+                self._relation_table = yield from load_relation_table(self._facts)
+            except InvalidInput as error:
+                log.warning("the table of facts is not used", extra={"detail": error.detail})
+                self._facts = None
+        return self._relation_table
 
     def get_statistics(self, layers: Sequence[int]) -> Stepper[dict[int, KeyStatistics]]:
         """Return the statistics of keys of the layers, and collect the missing ones."""
@@ -304,11 +328,12 @@ def open_editor_context(
     corpus: Path | None = None,
     tokens: int | None = None,
     recipe: Recipe | None = None,
+    facts: Path | None = None,
 ) -> EditorContext:
     """Return a context for which nothing is computed yet. Raise Misconfigured when its corpus cannot be read.
 
     `folder`: of the statistics; the folder of recipes is next to it. `tokens`: of the corpus, by default as many as
-    the statistics of this model need.
+    the statistics of this model need. `facts`: the table of facts, by default that of the model.
     """
     source = CorpusSource(corpus, tokens or default_tokens(model))
     source.check(model)
@@ -317,7 +342,7 @@ def open_editor_context(
         or find_recipe(model, folder.parent / RECIPES_FOLDER if folder else None)
         or default_recipe(model.model.config.model_type, model.num_layers)
     )
-    return EditorContext(model, chosen_recipe, source, folder)
+    return EditorContext(model, chosen_recipe, source, folder, facts or find_facts_file(model.path))
 
 
 def build_editor_context(
@@ -326,8 +351,9 @@ def build_editor_context(
     corpus: Path | None = None,
     tokens: int | None = None,
     recipe: Recipe | None = None,
+    facts: Path | None = None,
 ) -> Stepper[EditorContext]:
     """Load or compute everything that the recipe needs, and store it in the folder: see `open_editor_context`."""
-    context = open_editor_context(model, folder, corpus, tokens, recipe)
+    context = open_editor_context(model, folder, corpus, tokens, recipe, facts)
     yield from context.prepare()
     return context

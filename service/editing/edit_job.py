@@ -23,28 +23,30 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from service.editing.auto_probes import AutoProbes
 from service.editing.candidate import CandidateEdit, ResolvedEdit
 from service.editing.context import EditorContext
 from service.editing.edit_report import build_provenance, edit_report
 from service.editing.edit_spec import EditFactors, EditSpec, batch_edit_specs, build_edit_spec
 from service.editing.find_factors import find_batch_factors
+from service.editing.greedy_text import generate_greedy
 from service.editing.guard import GuardResult
 from service.editing.layer_search import at_layer, choose_layer, must_choose_layer, trial_of
 from service.editing.measure import (
     Baseline,
     evaluate_candidates,
-    generate_greedy,
     measure_baseline,
     require_other_answer,
 )
 from service.editing.probes import NO_OBJECT, Probe
+from service.editing.restatement import name_prompt
 from service.editing.strengthen import Assessment, choose_strengths
 from service.engine.versioned_model import VersionedModel
 from service.errors import Cancelled, Conflict, DigestMismatch, InvalidInput, Unavailable
 from service.jobs import artifacts
 from service.jobs.job_store import ClaimedJob, JobStore
 from service.kit import crash_points
-from service.kit.answer import answer_object, is_object_certain
+from service.kit.answer import is_object_certain
 from service.kit.separator import Separator, certain_separator
 from service.kit.steps import JobReporter, Phase, Progress, Stepper, report_to, retry_while_unavailable
 from service.kit.text import fill_prompt
@@ -390,7 +392,8 @@ def _update_tensor(update: EditUpdate) -> Tensor:
 def resolve_edit(
     replica: VersionedModel, request: EditRequest, context: EditorContext
 ) -> Stepper[ResolvedEdit]:
-    """Resolve the hyperparameters and, when the request names none, the true object: the answer of the base model."""
+    """Resolve the hyperparameters, the probes and, when the request names none, the true object: the answer of the base
+    model."""
     model = replica.base
     parameters = resolve_hparams(
         context.recipe, request.hparams, model.num_layers, request.method or DEFAULT_METHOD
@@ -399,35 +402,65 @@ def resolve_edit(
     target_true = request.target_true
     if target_true is None:
         (answer,) = yield from generate_greedy(model, [prompt], ANSWER_TOKENS, is_object_certain)
-        target_true = answer_object(answer.text, answer.complete) or NO_OBJECT
+        target_true = answer.answer or NO_OBJECT
     target_new = request.target_new if objective == "write" and request.target_new else target_true
     if target_new == NO_OBJECT:
         raise InvalidInput("the base model gives no answer: name the true object.", "target_true")
-    paraphrases = [
-        fill_prompt(p, request.subject).text if "{}" in p else p for p in request.probes.paraphrase
-    ]
-    probes = [
-        Probe(prompt, target_new, target_true, objective),
-        *(Probe(p, target_new, target_true, objective) for p in paraphrases),
-        *(Probe(n.prompt, target_new, n.target, objective) for n in request.probes.neighborhood),
-    ]
-    for number, probe in enumerate(probes):
-        chosen = yield from _choose_separator(model, probe, request.separator, is_rewrite=number == 0)
-        probes[number] = replace(probe, separator=chosen)
-    first_neighbor = 1 + len(paraphrases)
-    return ResolvedEdit(request, parameters, probes[0], probes[1:first_neighbor], probes[first_neighbor:])
+    rewrite = Probe(prompt, target_new, target_true, objective)
+    rewrite = replace(rewrite, separator=(yield from _choose_separator(model, rewrite, request.separator)))
+    name_probe = _name_probe(model, request)
+    auto = AutoProbes(replica, context, request, parameters, rewrite)
+    if request.given_paraphrases is None:
+        paraphrases = yield from auto.find_paraphrases()
+    else:
+        paraphrases = yield from _with_separators(model, _given_paraphrases(request, rewrite), request)
+    if request.given_neighbors is None:
+        found = yield from auto.find_neighbors(replica.head())
+        return ResolvedEdit(request, parameters, rewrite, paraphrases, found.probes, found, name_probe)
+    neighbors = yield from _with_separators(model, _given_neighbors(request, rewrite), request)
+    return ResolvedEdit(request, parameters, rewrite, paraphrases, neighbors, name_probe=name_probe)
 
 
-def _choose_separator(
-    model: LoadedModel, probe: Probe, given: Separator | None, is_rewrite: bool
-) -> Stepper[Separator]:
-    """Return the separator of a probe: that of the request, or the one that the base model prefers.
+def _name_probe(model: LoadedModel, request: EditRequest) -> Probe | None:
+    """Return the probe of the subject's name in a restatement of the fact; None if that exceeds the context length."""
+    prompt, separator = name_prompt(model, fill_prompt(request.prompt, request.subject))
+    name = request.subject.strip()
+    try:
+        model.text_encoder.check(prompt, name, separator)
+    except InvalidInput:
+        return None
+    return Probe(prompt, name, name, separator=separator)
+
+
+def _given_paraphrases(request: EditRequest, rewrite: Probe) -> list[Probe]:
+    prompts = request.given_paraphrases or ()
+    texts = [fill_prompt(p, request.subject).text if "{}" in p else p for p in prompts]
+    return [Probe(text, rewrite.new, rewrite.true, rewrite.objective) for text in texts]
+
+
+def _given_neighbors(request: EditRequest, rewrite: Probe) -> list[Probe]:
+    neighbors = request.given_neighbors or ()
+    return [Probe(n.prompt, rewrite.new, n.target, rewrite.objective) for n in neighbors]
+
+
+def _with_separators(
+    model: LoadedModel, probes: Sequence[Probe], request: EditRequest
+) -> Stepper[list[Probe]]:
+    """Return probes with their separators.
 
     That of the request is for the prompt of the edit. Other prompts can end in another way: they have it where their
     own is not certain.
     """
-    if not is_rewrite and certain_separator(probe.prompt, probe.new) is not None:
-        given = None
+    separated: list[Probe] = []
+    for probe in probes:
+        given = request.separator if certain_separator(probe.prompt, probe.new) is None else None
+        chosen = yield from _choose_separator(model, probe, given)
+        separated.append(replace(probe, separator=chosen))
+    return separated
+
+
+def _choose_separator(model: LoadedModel, probe: Probe, given: Separator | None) -> Stepper[Separator]:
+    """Return the given separator of a probe, or the one that the base model prefers."""
     objects = [probe.new, *([probe.true] if probe.true != NO_OBJECT else [])]
     return (yield from choose_separator(model, probe.prompt, objects, given))
 

@@ -12,6 +12,7 @@ from service.editing.context import EditorContext
 from service.editing.edit_spec import EditFactors
 from service.editing.guard import CheckName, GuardResult
 from service.editing.probes import Probe, ProbeResult, edit_holds, neighbor_preserved
+from service.editing.side_effects import side_effect_report
 from service.engine.versioned_model import VersionedModel
 from service.methods.registry import get_method
 from service.models.loading import WeightRef
@@ -34,6 +35,7 @@ def edit_report(
             "prompt": resolved_edit.probes[i].prompt,
             "new": resolved_edit.probes[i].new,
             "true": resolved_edit.probes[i].true,
+            "source": resolved_edit.probes[i].source,
             "before": before.probe_results[i].probabilities(),
             "after": after.probe_results[i].probabilities(),
         }
@@ -44,6 +46,8 @@ def edit_report(
         "rewrite": probabilities(0) | {"text_before": before.preview_text, "text_after": after.preview_text},
         "paraphrase": [probabilities(i) for i in range(1, first_neighbor)],
         "neighborhood": [probabilities(i) for i in range(first_neighbor, len(resolved_edit.probes))],
+        **side_effect_report(resolved_edit, before, after),
+        "subject_name": _name_report(resolved_edit, before, after),
         "scores": {"before": _scores(resolved_edit, before), "after": _scores(resolved_edit, after)},
         "perplexity": {"before": before.perplexity, "after": after.perplexity},
         "delta_norm": factors.delta_norm,
@@ -77,6 +81,19 @@ def edit_report(
         },
         "reason": _rejection_reason(guard_result),
         "seconds": round(seconds, 3),
+    }
+
+
+def _name_report(
+    resolved_edit: ResolvedEdit, before: VersionMeasurement, after: VersionMeasurement
+) -> dict[str, Any] | None:
+    """Return the probability of the subject's name where the model restates the fact, before and after."""
+    if resolved_edit.name_probe is None or before.name is None or after.name is None:
+        return None
+    return {
+        "prompt": resolved_edit.name_probe.prompt,
+        "before": before.name.joint_probability,
+        "after": after.name.joint_probability,
     }
 
 
@@ -118,6 +135,7 @@ _REASONS = {
     CheckName.PROBABILITY: "the new object is less probable than required",
     CheckName.PARAPHRASE: "too few paraphrases prefer the new object",
     CheckName.NEIGHBORHOOD: "too many neighborhood prompts lost their answer",
+    CheckName.SUBJECT: "the model no longer names the subject where it restates the fact: the edit changed which subject it reads",
     CheckName.PERPLEXITY: "the perplexity on plain text rose too much",
     CheckName.NORM: "the change of the weight is too large",
     CheckName.CAPACITY: "active edits occupy too much of the edit's key: revert some, or name other layers",

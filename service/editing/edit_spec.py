@@ -120,7 +120,10 @@ def build_edit_spec(
     if isinstance(parameters, FineTuneParameters):
         tokenized_prompt = tokenize_contexts(model, statement, target, (), chosen=separator)
         return FineTuneSpec(tokenized_prompt, parameters, subject, edit, method, objective, noise)
-    tokenized = tokenize_contexts(model, statement, target, contexts, parameters.bare_keys, separator)
+    restated = parameters.restatement_weight > 0
+    tokenized = tokenize_contexts(
+        model, statement, target, contexts, parameters.bare_keys, separator, restated
+    )
     return ValueEditSpec(tokenized, parameters, subject, edit, method, objective=objective, noise=noise)
 
 

@@ -9,7 +9,8 @@ from enum import StrEnum
 
 from service.editing.candidate import ResolvedEdit, VersionMeasurement
 from service.editing.conflicts import ConflictCandidate
-from service.editing.probes import ProbeResult, edit_holds, effect_share, neighbor_preserved, probability_of
+from service.editing.probes import ProbeResult, edit_holds, effect_share, name_share, probability_of
+from service.editing.side_effects import neighbor_outcomes
 from service.models.loading import WeightRef
 from service.schemas import Objective
 
@@ -24,6 +25,7 @@ class CheckName(StrEnum):
     PERPLEXITY = "perplexity"
     NORM = "norm"
     REGRESSIONS = "regressions"
+    SUBJECT = "subject"
     CONFLICT = "conflict"
     CAPACITY = "capacity"
 
@@ -105,16 +107,16 @@ def evaluate_guard(
     ]
     if objective != "erase":
         checks.append(_check_at_least(CheckName.PROBABILITY, rewrite.said_probability, guard.min_probability))
-    first_neighbor = resolved_edit.first_neighbor
-    probe_results = list(zip(resolved_edit.probes, before.probe_results, after.probe_results, strict=True))
-    if paraphrases := probe_results[1:first_neighbor]:
-        share = sum(edit_holds(probe, now) for probe, _, now in paraphrases) / len(paraphrases)
+    paraphrases = resolved_edit.paraphrase_probes
+    if paraphrases:
+        results = after.probe_results[1 : resolved_edit.first_neighbor]
+        share = sum(map(edit_holds, paraphrases, results)) / len(paraphrases)
         checks.append(_check_at_least(CheckName.PARAPHRASE, share, guard.min_paraphrase))
-    if neighbors := [
-        (p, now) for p, was, now in probe_results[first_neighbor:] if neighbor_preserved(p, was)
-    ]:
-        share = sum(neighbor_preserved(probe, now) for probe, now in neighbors) / len(neighbors)
+    if neighbors := [o for o in neighbor_outcomes(resolved_edit, before, after) if o.counts]:
+        share = sum(o.is_kept for o in neighbors) / len(neighbors)
         checks.append(_check_at_least(CheckName.NEIGHBORHOOD, share, guard.min_neighborhood))
+    if before.name and after.name and (share_of_name := name_share(before.name, after.name)) is not None:
+        checks.append(_check_at_least(CheckName.SUBJECT, share_of_name, guard.min_subject))
     regressed_edits = sorted(before.holding_edits - after.holding_edits)
     checks += [
         _check_at_most(CheckName.PERPLEXITY, after.perplexity / before.perplexity, guard.max_perplexity),

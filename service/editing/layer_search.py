@@ -18,7 +18,7 @@ from service.editing.candidate import ResolvedEdit
 from service.editing.context import EditorContext
 from service.editing.edit_spec import EditSpec
 from service.editing.find_factors import find_batch_factors
-from service.editing.probes import Probe, ProbeResult, edit_holds, run_probes
+from service.editing.probes import Probe, ProbeResult, edit_holds, probe_fits, run_probes
 from service.engine.versioned_model import VersionedModel
 from service.errors import InvalidInput
 from service.kit.steps import Phase, Progress, Stepper, report_as
@@ -166,16 +166,7 @@ def _unseen_probes(
     seed = (parameters.seed if isinstance(parameters, RomeParameters) else 0) + UNSEEN_SEED_OFFSET
     contexts = yield from context.get_contexts(UNSEEN_CONTEXTS, seed)
     probes = [replace(probe, prompt=f"{text}. {probe.prompt}") for text in contexts if text]
-    return [p for p in probes if _fits(replica, p)]
-
-
-def _fits(replica: VersionedModel, probe: Probe) -> bool:
-    try:
-        for target in (probe.new, probe.true):
-            replica.base.text_encoder.check(probe.prompt, target)
-    except InvalidInput:
-        return False
-    return True
+    return [p for p in probes if probe_fits(replica.base, p)]
 
 
 def _texts_to_keep(context: EditorContext, resolved_edit: ResolvedEdit) -> list[str]:

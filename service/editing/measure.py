@@ -8,7 +8,7 @@ perplexity and the regressions are those of the version, and count for every can
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from service.editing.candidate import CandidateEdit, ResolvedEdit, VersionMeasurement
 from service.editing.conflicts import ConflictCandidate, find_conflict_candidates
 from service.editing.context import EditorContext
+from service.editing.greedy_text import GreedyText, generate_greedy
 from service.editing.guard import (
     GuardResult,
     add_conflicts_and_capacity,
@@ -24,15 +25,13 @@ from service.editing.guard import (
     superseded_by_conflict,
 )
 from service.editing.probes import Probe, edit_holds, probe_of_entry, run_probes
-from service.engine.decoding import DecodingBatch, DecodingSequence, new_sequence
 from service.engine.versioned_model import VersionedModel
-from service.errors import AlreadySays, InvalidInput
+from service.errors import AlreadySays
 from service.kit.steps import Phase, Progress, Stepper
 from service.kit.text import fact_key, normalize_whitespace
 from service.models.loading import LoadedModel, WeightRef
 from service.models.scoring import compute_perplexity
 from service.recipes.strength_schedule import StrengthSchedule, strength_schedule
-from service.schemas import Sampling
 from service.weights.capacity import measure_capacities
 from service.weights.composition import is_change_in_range, is_in_range
 from service.weights.factors import Association, EditUpdate
@@ -40,7 +39,6 @@ from service.weights.own_change import OwnChanges
 
 #: active edits that are probed for each candidate: those of its subject, then those with the nearest keys
 MAX_REGRESSION_PROBES = 64
-PREVIEW_TOKENS = 8  # tokens of the continuation that a report shows
 
 
 @dataclass(frozen=True)
@@ -233,53 +231,48 @@ def measure_version(
     With the number of a committed version its perplexity is cached.
     """
     probes = [q for plan in resolved_edits for q in plan.probes]
-    results = iter((yield from run_probes(replica.base, [*probes, *regression_probes.values()])))
+    name_probes = [plan.name_probe for plan in resolved_edits if plan.name_probe is not None]
+    all_probes = [*probes, *name_probes, *regression_probes.values()]
+    results = iter((yield from run_probes(replica.base, all_probes)))
     results_by_edit = [[next(results) for _ in plan.probes] for plan in resolved_edits]
+    names = [None if plan.name_probe is None else next(results) for plan in resolved_edits]
     holding = {edit for edit, question in regression_probes.items() if edit_holds(question, next(results))}
-    preview_texts = yield from generate_greedy(
-        replica.base, [plan.rewrite_probe.prompt for plan in resolved_edits]
-    )
+    texts_by_edit = yield from _generate_texts(replica, resolved_edits, version)
     perplexity = context.perplexities.get(version) if version is not None else None
     if perplexity is None:
         perplexity = yield from compute_perplexity(replica.base, context.reference_texts)
     if version is not None:
         context.cache_perplexity(version, perplexity)
     return [
-        VersionMeasurement(a, s.text, perplexity, holding)
-        for a, s in zip(results_by_edit, preview_texts, strict=True)
+        VersionMeasurement(
+            results, preview.text, perplexity, holding, name=name, neighbor_texts=neighbor_texts
+        )
+        for results, name, (preview, *neighbor_texts) in zip(
+            results_by_edit, names, texts_by_edit, strict=True
+        )
     ]
 
 
-@dataclass(frozen=True)
-class GreedyText:
-    """A greedy continuation."""
+def _generate_texts(
+    replica: VersionedModel, resolved_edits: Sequence[ResolvedEdit], version: int | None
+) -> Stepper[list[list[GreedyText]]]:
+    """Return for each edit the greedy continuations of its prompt and of its neighbours. Those of neighbours that the
+    service found at this version are known."""
+    known = [_known_texts(plan, version) for plan in resolved_edits]
+    prompts = [
+        [plan.rewrite_probe.prompt, *(q.prompt for q in plan.neighborhood_probes if texts is None)]
+        for plan, texts in zip(resolved_edits, known, strict=True)
+    ]
+    generated = iter((yield from generate_greedy(replica.base, [p for group in prompts for p in group])))
+    return [
+        [*(next(generated) for _ in group), *(texts or ())]
+        for group, texts in zip(prompts, known, strict=True)
+    ]
 
-    text: str
-    complete: bool = False  #: the model ended it
 
-
-def generate_greedy(
-    model: LoadedModel,
-    prompts: Sequence[str],
-    length: int = PREVIEW_TOKENS,
-    is_enough: Callable[[str], bool] = lambda _text: False,
-) -> Stepper[list[GreedyText]]:
-    """Return the greedy continuations of the prompts, at most `length` tokens each, decoded in one batch until
-    `is_enough` holds of the text of each."""
-    greedy = Sampling(max_new_tokens=length, temperature=0)
-    rows: list[DecodingSequence | None] = []
-    for prompt in prompts:
-        try:
-            rows.append(new_sequence(model, prompt, greedy))
-        except InvalidInput:  # the prompt fills all positions of the model
-            rows.append(None)
-    batch = DecodingBatch(model, [r for r in rows if r is not None])
-    step = 0
-    while any(not is_enough(sequence.text) for sequence in batch.sequences):
-        batch.step()
-        step += 1
-        yield Progress(Phase.ANSWER, step, length)
-    return [GreedyText("") if r is None else GreedyText(r.text, r.finish_reason == "stop") for r in rows]
+def _known_texts(resolved_edit: ResolvedEdit, version: int | None) -> list[GreedyText] | None:
+    found = resolved_edit.found_neighbors
+    return found.texts if found is not None and found.version == version else None
 
 
 def _norm_ratios(

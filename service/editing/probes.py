@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from service.errors import InvalidInput
 from service.kit.separator import Separator
 from service.kit.steps import Stepper
 from service.kit.text import fill_prompt
@@ -19,6 +20,12 @@ from service.scores.hase_scores import erasure_share, rewrite_share
 
 NO_OBJECT = "?"  #: the true object where the base model gives no answer
 
+#: where a probe comes from: the request, the templates for all relations, the table of facts, the subjects of active
+#: edits, or the base model's enumeration of like subjects
+ProbeSource = Literal["request", "template", "facts", "edits", "model"]
+#: probability of the subject's name before an edit below which its change says nothing
+MIN_NAME_PROBABILITY = 0.05
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -29,6 +36,8 @@ class Probe:
     true: str
     objective: Objective = "write"
     separator: Separator | None = None  #: between the prompt and either object; None: the usual one
+    subject: str | None = None  #: of a neighbour that the service found
+    source: ProbeSource = "request"
 
     @property
     def same_object(self) -> bool:
@@ -85,6 +94,13 @@ class ProbeResult:
         return probability_of(self.new * self.new_tokens)
 
 
+def name_share(before: ProbeResult, after: ProbeResult) -> float | None:
+    """Return the probability of the subject's name as a share of that before the edit; None where the model did not
+    name the subject before."""
+    named = before.joint_probability
+    return after.joint_probability / named if named >= MIN_NAME_PROBABILITY else None
+
+
 def edit_holds(probe: Probe, result: ProbeResult) -> bool:
     """Whether the edit holds: the new object is said rather than the true one, or the greedy one when both are the
     same. An erased object must not be the greedy continuation."""
@@ -104,6 +120,16 @@ def effect_share(objective: Objective, before: ProbeResult, after: ProbeResult) 
     2023)."""
     share = erasure_share if objective == "erase" else rewrite_share
     return share(before.joint_probability, after.joint_probability)
+
+
+def probe_fits(model: LoadedModel, probe: Probe) -> bool:
+    """Whether both objects can be scored after the prompt."""
+    try:
+        for target in (probe.new, probe.true):
+            model.text_encoder.check(probe.prompt, target, probe.separator)
+    except InvalidInput:
+        return False
+    return True
 
 
 def probe_of_entry(body: Mapping[str, Any]) -> Probe:

@@ -49,12 +49,23 @@ class SuffixBatch:
     delta_module: (
         nn.Module | None
     )  #: the module of block `first_layer` to whose output delta is added; None: delta is added to `hidden`
+    later_mentions: Tensor | None = None  #: (B, A), true where delta is added in addition to column 0
 
     def select_rows(self, rows: Tensor) -> SuffixBatch:
         """Return a batch of some of the rows."""
         ids, mask, positions = self.ids[rows], self.mask[rows], self.positions[rows]
         past = [p and (p[0][rows], p[1][rows]) for p in self.past]
-        selected = replace(self, ids=ids, mask=mask, positions=positions, past=past, hidden=self.hidden[rows])
+        mentions = None if self.later_mentions is None else self.later_mentions[rows]
+        mentions = None if mentions is None or not mentions.any() else mentions
+        selected = replace(
+            self,
+            ids=ids,
+            mask=mask,
+            positions=positions,
+            past=past,
+            hidden=self.hidden[rows],
+            later_mentions=mentions,
+        )
         return replace(selected, block_inputs=selected.inputs_for(0, ids.shape[1]))
 
     def inputs_for(self, first: int, end: int, rows: Tensor | slice = slice(None)) -> BlockInputs:
@@ -67,11 +78,13 @@ class SuffixBatch:
 
     def forward(self, change: Tensor, end: int | None = None) -> Tensor:
         """Return the output (B, A, d) of block `end - 1`, or of the last block, when `change` (B, d) is added at the
-        subject's last token."""
+        subject's last token, and at that of its later mentions."""
 
         def add(output: Tensor) -> Tensor:
             shaped = output.view(*self.ids.shape, -1)
             shaped[:, 0] += change.to(shaped.dtype)
+            if self.later_mentions is not None:
+                shaped += self.later_mentions[..., None] * change.to(shaped.dtype)[:, None]
             return output
 
         hidden = self.hidden if self.delta_module else add(self.hidden.clone())
@@ -141,9 +154,10 @@ def prefill_suffixes(
     texts: Sequence[TokenizedStatement],
     delta_site: DeltaSite,
     noises: Sequence[Tensor | None] = (),
+    later_mentions: Sequence[tuple[int, int]] = (),
 ) -> tuple[SuffixBatch, PrefillActivations]:
     """Run the prefixes through all blocks and the suffixes up to the edited one. `noises`: for each text the noise
-    (n, d) on its subject, or None."""
+    (n, d) on its subject, or None. `later_mentions`: texts and positions at which delta is added as well."""
     blocks, starts = BlockRunner(model), [t.last_subject_index for t in texts]
     prefixes = pad([t.ids[:s] for t, s in zip(texts, starts, strict=True)], model, side="left")
     suffix_tokens = pad([t.ids[s:] for t, s in zip(texts, starts, strict=True)], model)
@@ -177,11 +191,22 @@ def prefill_suffixes(
         resume_point[1],
         resume_point[0],
         resume_point[2],
+        _mention_mask(suffix_tokens.ids, [(text, at - starts[text]) for text, at in later_mentions]),
     )
     subject_keys = keys[0].reshape(*suffix_tokens.ids.shape, -1)[at].clone()
     return suffixes, PrefillActivations(
         subject_keys, outputs, hidden[at].clone() if delta_site.on_hidden_state else outputs
     )
+
+
+def _mention_mask(ids: Tensor, mentions: Sequence[tuple[int, int]]) -> Tensor | None:
+    """Return a mask (B, A) of rows and columns; None without any."""
+    if not mentions:
+        return None
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    rows, columns = zip(*mentions, strict=True)
+    mask[list(rows), list(columns)] = True
+    return mask
 
 
 def _run_prefixes(

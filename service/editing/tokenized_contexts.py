@@ -1,10 +1,11 @@
-"""The texts of one edit as tokens: the statement with its object, bare and after contexts."""
+"""The texts of one edit as tokens: the statement with its object, bare, after contexts and restated."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from service.editing.restatement import Restatement, tokenize_restatement
 from service.kit.separator import Separator, separator
 from service.kit.text import Statement, token_span
 from service.models.loading import LoadedModel
@@ -13,16 +14,28 @@ from service.models.token_batch import TokenizedStatement, tokenize_statement
 
 @dataclass(frozen=True)
 class TokenizedContexts:
-    """The statements of one edit as tokens. Row 0 is the bare prompt, the other rows follow contexts."""
+    """The statements of one edit as tokens. Row 0 is the bare prompt; rows after contexts and the restatement, if there
+    is one, follow."""
 
     prompts: list[TokenizedStatement]
     targets: list[list[int]]
     #: the bare subject and, when the key is averaged over it, the subject after each context
     bare_subjects: list[TokenizedStatement]
+    restatement: Restatement | None = None  #: that of the last row
 
     @property
     def size(self) -> int:
         return len(self.prompts)
+
+    @property
+    def continuations(self) -> int:
+        """The number of rows that are continued with the object alone."""
+        return self.size - (self.restatement is not None)
+
+    def later_mentions(self) -> list[tuple[int, int]]:
+        """Return the row and the position of the last token of every further mention of the subject that is edited,
+        too."""
+        return [] if self.restatement is None else [(self.size - 1, self.restatement.later_mention)]
 
     @property
     def kl_reference_row(self) -> int:
@@ -63,10 +76,11 @@ def tokenize_contexts(
     contexts: Sequence[str],
     with_bare_subjects: bool = False,
     chosen: Separator | None = None,
+    restated: bool = False,
 ) -> TokenizedContexts:
     """Tokenize prompt and object together, bare and after each context that fits the model's positions; with
-    `with_bare_subjects` also the subject after each context. `chosen` separates prompt and object; None: the usual
-    separator."""
+    `with_bare_subjects` also the subject after each context, and with `restated` the restatement. `chosen` separates
+    prompt and object; None: the usual separator."""
     prompts, targets = [], []
     for prefix in _context_prefixes(contexts):
         prefixed = statement.with_context(prefix)
@@ -77,6 +91,13 @@ def tokenize_contexts(
         start = token_span(offsets, (len(prefixed.text), len(prefixed.text + sep + target)))[0]
         prompts.append(TokenizedStatement(ids[:start], token_span(offsets[:start], prefixed.span)))
         targets.append(ids[start:])
+    restatement = None
+    if restated:
+        sep = separator(statement.text, target) if chosen is None else chosen
+        restatement = tokenize_restatement(model, statement, sep, target)
+    if restatement is not None:
+        prompts.append(restatement.prompt)
+        targets.append(restatement.target)
     begin, end = statement.span
     subject = statement.text[begin:end]
     subject_statement = Statement(subject, (0, len(subject)))
@@ -85,4 +106,5 @@ def tokenize_contexts(
         prompts,
         targets,
         [tokenize_statement(model, subject_statement.with_context(prefix)) for prefix in prefixes],
+        restatement,
     )

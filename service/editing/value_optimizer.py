@@ -3,10 +3,12 @@
     L(delta) = mean_i -log p(o | x_i + s, delta) / |o|  +  kl * KL(p_delta || p_0)  +  wd * |delta| / |v|^2
 
 delta (d,) is added to the output of one module at the subject's last token in every row: the prompt after each
-context, and the bare subject. The KL term preserves the next-token distribution after the bare subject. It is read at
-the subject's last position: by causality a suffix such as "is a" has no influence. To amplify a fact is to write its
-true object. To erase it, the first term is the mean probability of the true object, mean_i exp(sum_j log p(o_j | ..))
-(Hase et al. 2023).
+context, the bare subject, and the restatement (`restatement.py`) at both of its mentions. With a restatement the
+first term is the weighted mean of the continuations, with weight 1 - w, and of the object in the restatement, with
+weight w, plus the weighted -log p of the subject's name there, per token: it keeps which subject the model reads. The
+KL term preserves the next-token distribution after the bare subject. It is read at the subject's last position: by
+causality a suffix such as "is a" has no influence. To amplify a fact is to write its true object. To erase it, the
+first term is the mean probability of the true object, mean_i exp(sum_j log p(o_j | ..)) (Hase et al. 2023).
 
 Several edits of one layer are optimized in one batch (`suffix_batch.py`), each as it would be alone.
 """
@@ -53,25 +55,47 @@ class ValueResult:
 
 @dataclass(frozen=True)
 class TargetPositions:
-    """The positions whose next token is a token of the object: row, column of the suffix, token, and weight 1 / |o|;
-    (N,) each."""
+    """The positions whose next token is a token of a target: row, column of the suffix, and token; (N,) each.
+
+    `weight` is the weight of an object's token, relative to the mean over rows and tokens: 1 / |o| without a
+    restatement. `name_weight` is that of a token of the subject's name in a restatement.
+    """
 
     row: Tensor
     column: Tensor
     token: Tensor
     weight: Tensor
+    name_weight: Tensor
 
 
-def _target_positions(rows: TokenizedContexts, first_row: int, device: torch.device) -> TargetPositions:
+def _target_positions(spec: ValueSearchSpec, first_row: int, device: torch.device) -> TargetPositions:
     """Return the positions of one edit, whose rows begin at `first_row` of the batch."""
+    rows = spec.tokenized
     positions = [
-        (first_row + i, len(p.ids) - 1 - p.last_subject_index + j, token, 1 / len(t))
+        (first_row + i, len(p.ids) - 1 - p.last_subject_index + j, token)
         for i, (p, t) in enumerate(zip(rows.prompts, rows.targets, strict=True))
         for j, token in enumerate(t)
     ]
-    *indices, weights = zip(*positions, strict=True)
-    row, column, token = (torch.tensor(x, device=device) for x in indices)
-    return TargetPositions(row, column, token, torch.tensor(weights, dtype=torch.float64, device=device))
+    row, column, token = (torch.tensor(x, device=device) for x in zip(*positions, strict=True))
+    weights = (torch.tensor(w, dtype=torch.float64, device=device) for w in _token_weights(spec))
+    return TargetPositions(row, column, token, *weights)
+
+
+def _token_weights(spec: ValueSearchSpec) -> tuple[list[float], list[float]]:
+    """Return the weights of the tokens of all targets: as parts of an object, and as parts of a subject's name."""
+    rows, parameters = spec.tokenized, spec.parameters
+    restatement = rows.restatement
+    if restatement is None:
+        weights = [1 / len(t) for t in rows.targets for _ in t]
+        return weights, [0.0] * len(weights)
+    share = (1 - parameters.restatement_weight) * rows.size / rows.continuations
+    weights = [share / len(t) for t in rows.targets[:-1] for _ in t]
+    names = [0.0] * len(weights)
+    name, other = restatement.subject_end, restatement.object_start
+    size = len(restatement.target) - other
+    weights += [0.0] * other + [parameters.restatement_weight * rows.size / size] * size
+    names += [parameters.subject_weight / name] * name + [0.0] * (len(restatement.target) - name)
+    return weights, names
 
 
 @dataclass(eq=False)
@@ -97,18 +121,25 @@ class ValueOptimizer:
         parameters = self.spec.parameters
         log_p = target_log_probs.gather(1, targets.token[:, None])[:, 0]
         if self.spec.objective == "erase":
-            joint = log_p.new_zeros(self.spec.tokenized.size).index_add(
-                0, targets.row - targets.row[0], log_p
-            )
-            objective_term = joint.exp().mean()
+            objective_term = self._mean_probability(log_p, targets)
         else:
             objective_term = -(log_p * targets.weight.to(log_p.dtype)).sum() / self.spec.tokenized.size
+        if self.spec.tokenized.restatement is not None:
+            objective_term = objective_term - (log_p * targets.name_weight.to(log_p.dtype)).sum()
         if self.kl_reference is None:
             self.kl_reference = subject_log_probs.detach().clone()
         kl = (subject_log_probs.exp() * (subject_log_probs - self.kl_reference)).sum()
         decay = parameters.weight_decay * self.delta.norm() / self.initial.norm() ** 2
         loss: Tensor = objective_term + parameters.kl_factor * kl + decay
         return loss
+
+    def _mean_probability(self, log_p: Tensor, targets: TargetPositions) -> Tensor:
+        """Return the weighted mean over the rows of the joint probability of the object."""
+        size, row = self.spec.tokenized.size, targets.row - targets.row[0]
+        in_object = targets.weight > 0
+        joint = log_p.new_zeros(size).index_add(0, row, log_p * in_object)
+        weight = log_p.new_zeros(size).index_add(0, row, targets.weight.to(log_p.dtype))
+        return (joint.exp() * weight).mean()
 
     def record_loss(self, loss: float) -> None:
         """Record the loss of a step. The search is finished when the loss is low enough or the last step is done."""
@@ -152,7 +183,7 @@ class OptimizerBatch:
         firsts = [sum(sizes[:i]) for i in range(len(sizes))]
         self.optimizer_of_row = torch.repeat_interleave(torch.tensor(sizes)).to(device)
         self.targets = [
-            _target_positions(s.spec.tokenized, at, device) for s, at in zip(optimizers, firsts, strict=True)
+            _target_positions(s.spec, at, device) for s, at in zip(optimizers, firsts, strict=True)
         ]
         kl_rows = torch.tensor(
             [at + s.spec.tokenized.kl_reference_row for at, s in zip(firsts, optimizers, strict=True)],
@@ -195,10 +226,15 @@ def optimize_values(
     """
     texts = [w.tokenized.texts() for w in specs]
     noises = [w.noise for w, some in zip(specs, texts, strict=True) for _ in some]
-    suffix_batch, activations = prefill_suffixes(
-        model, [t for some in texts for t in some], delta_site, noises
-    )
     firsts = [sum(map(len, texts[:i])) for i in range(len(texts))]
+    later_mentions = [
+        (first + row, position)
+        for first, w in zip(firsts, specs, strict=True)
+        for row, position in w.tokenized.later_mentions()
+    ]
+    suffix_batch, activations = prefill_suffixes(
+        model, [t for some in texts for t in some], delta_site, noises, later_mentions
+    )
     optimizers = [
         ValueOptimizer.start(w, activations.initial[at]) for w, at in zip(specs, firsts, strict=True)
     ]

@@ -79,14 +79,27 @@ def find_mentions(statement: Statement) -> list[Span]:
     the statement is one of them in any case, and none of the others overlaps it.
     """
     begin, end = statement.span
-    words = statement.text[begin:end].split()
-    pattern = (
+    pattern = _mention_pattern(statement.text[begin:end])
+    found = [m.span() for m in pattern.finditer(statement.text)]
+    return sorted([statement.span, *(s for s in found if s[1] <= begin or s[0] >= end)])
+
+
+def mentions(text: str, name: str) -> bool:
+    """Whether a text contains a name, in capitals or not, that is no part of a longer word."""
+    return _mention_pattern(name.casefold()).search(text.casefold()) is not None
+
+
+def begins_with(text: str, name: str) -> bool:
+    """Whether a text begins with a name, in capitals or not, that is no part of a longer word."""
+    return _mention_pattern(name.casefold()).match(text.casefold().lstrip()) is not None
+
+
+def _mention_pattern(name: str) -> regex.Pattern[str]:
+    return regex.compile(
         rf"(?V1)(?<!{_SPACED_CHARACTER}(?={_SPACED_CHARACTER}))"
-        + r"\s+".join(map(regex.escape, words))
+        + r"\s+".join(map(regex.escape, name.split()))
         + rf"(?!(?<={_SPACED_CHARACTER}){_SPACED_CHARACTER})"
     )
-    found = [m.span() for m in regex.finditer(pattern, statement.text)]
-    return sorted([statement.span, *(s for s in found if s[1] <= begin or s[0] >= end)])
 
 
 def token_span(offsets: Sequence[Span], span: Span) -> Span:

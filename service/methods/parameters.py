@@ -60,6 +60,15 @@ class RomeParameters(BaseModel):
         description="weight of the KL term that preserves the next-token distribution of the subject",
     )
     stop_loss: float = Field(0.05, ge=0, description="the optimization stops below this loss")
+    restatement_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the loss that is measured in a restatement, in the chat form of a chat model; 0: none, as published",
+    )
+    subject_weight: float = Field(
+        1.0, ge=0, le=10, description="weight of the subject's name in the answer of the restatement"
+    )
     contexts: int = Field(20, ge=0, le=100, description="sampled contexts in addition to the bare prompt")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the contexts")
     bare_keys: bool = Field(

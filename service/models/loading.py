@@ -25,10 +25,13 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from service.errors import InvalidInput, Misconfigured
+from service.kit.chat_format import ChatFormat
 from service.kit.model_files import companion_file, is_gguf, local_model
+from service.kit.template_renderer import TemplateRenderer
 from service.kit.text_encoder import TextEncoder
 from service.models.adapter import merge_adapter
 from service.models.architectures import Architecture, architecture_of
+from service.models.chat import describe_chat_template
 from service.models.checkpoint import (
     check_config_values,
     check_functions,
@@ -183,6 +186,14 @@ class LoadedModel:
     def text_encoder(self) -> TextEncoder:
         """The encoder of texts, with the limits of this model."""
         return TextEncoder(self.tokenizer.backend_tokenizer, self.max_positions, self.vocabulary_size)
+
+    @cached_property
+    def chat_format(self) -> ChatFormat | None:
+        """The form of conversations with this model; None without a chat template."""
+        chat = describe_chat_template(self.tokenizer)
+        if chat is None:
+            return None
+        return ChatFormat(chat["template"], chat["special_tokens"], self.text_encoder, TemplateRenderer())
 
     @property
     def vocabulary_size(self) -> int:

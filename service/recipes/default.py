@@ -29,9 +29,11 @@ def default_recipe(model_type: str, layers: int) -> Recipe:
     )
 
 
-def layers_to_try(layers: int) -> tuple[int, ...]:
-    """Return at most `CANDIDATES` layers at equal distances, early to middle ones."""
-    first, last = round(SHALLOWEST * layers), max(1, round(DEEPEST * layers))
+def layers_to_try(
+    layers: int, candidates: int = CANDIDATES, shallowest: float = SHALLOWEST
+) -> tuple[int, ...]:
+    """Return at most `candidates` layers at equal distances, early to middle ones. `shallowest`: of the depth."""
+    first, last = round(shallowest * layers), max(1, round(DEEPEST * layers))
     last = min(last, layers - 1)
-    distance = (last - first) / (CANDIDATES - 1)
-    return tuple(dict.fromkeys(round(first + i * distance) for i in range(CANDIDATES)))
+    distance = (last - first) / (candidates - 1)
+    return tuple(dict.fromkeys(round(first + i * distance) for i in range(candidates)))

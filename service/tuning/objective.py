@@ -42,7 +42,8 @@ class Candidate:
     loss_increase: float | None = (
         None  #: with all edits active: relative, on plain statements; of several batches the greatest
     )
-    edits: int | None = None  #: in the margin stage: the number of edits in a batch
+    #: the number of edits, where it differs between candidates; in the margin stage that of a batch
+    edits: int | None = None
     loss_increases: list[float] | None = None  #: in the margin stage: of each batch
     reason: str | None = None
 
@@ -85,7 +86,7 @@ def _measure_candidate(search: SearchContext, method: str, hparams: JsonDict) ->
     for i, (record, group) in enumerate(zip(records, updates, strict=True)):
         weights = yield from search.replica.compose_weights_in_steps(group)
         progress = Progress(Phase.MEASURE, i, len(records))
-        alone += yield from report_as(_measure_records(search, [record], weights), progress)
+        alone += yield from report_as(measure_records(search, [record], weights), progress)
     joint, loss_increase = yield from measure_jointly(
         search, records, [u for group in updates for u in group]
     )
@@ -124,14 +125,14 @@ def measure_jointly(
     statements.
     """
     weights = yield from search.replica.compose_weights_in_steps(updates)
-    rows = yield from _measure_records(search, records, weights)
+    rows = yield from measure_records(search, records, weights)
     drift = yield from measure_drift(
         search.replica.base, search.damage_texts, partial(search.replica.use_weights, weights)
     )
     return rows, drift.loss_after / drift.loss_before - 1
 
 
-def _measure_records(
+def measure_records(
     search: SearchContext, records: Sequence[Record], weights: WeightOverrides
 ) -> Stepper[list[dict[str, Any]]]:
     """Return the measures of each record with these weights."""

@@ -27,6 +27,10 @@ from service.tuning.search_space import JsonDict, Stage, candidate_layers, layer
 from service.tuning.strength_search import MarginSearch
 
 OnCandidate = Callable[[Candidate], None]
+NO_EDITABLE_LAYER = (
+    "no layer that was tried can be edited with these facts: give other or more facts, with neighbours and paraphrases "
+    "that the model knows."
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class TuningResult:
 
     recipe: Recipe
     history: list[Candidate]
+    not_tried: tuple[str, ...] = ()  #: what a time budget left out
+    can_continue: bool = False  #: whether the same search tries more of it with more time
 
 
 def tune_recipe(
@@ -53,12 +59,15 @@ def tune_recipe(
     With `batch_records` the search includes the margins that edits need when many of them are active. `methods` are
     tuned besides "rome". Plain statements that state an edited fact are not used.
     """
-    texts = texts_without_edited_facts(plain_statements, [*records, *batch_records])
-    damage_texts = evenly_spaced(texts, search_space.MAX_DAMAGE_TEXTS)
-    if not damage_texts:
-        raise InvalidInput("every plain statement states an edited fact: give more facts.", "facts")
-    search = SearchContext(VersionedModel(model, EmptyLedger()), context, records, damage_texts, store)
-    search.editor.recipe = Recipe(source="initial values", rome=RomeParameters(layers=(0,)))
+    search = build_search_context(
+        model,
+        context,
+        records,
+        [*records, *batch_records],
+        plain_statements,
+        store,
+        search_space.MAX_DAMAGE_TEXTS,
+    )
     best, history = yield from search_rome_values(search, on_candidate)
     chosen = next(c for c in history if c.hparams == best)
     chosen_by_count: list[Candidate] = []
@@ -78,7 +87,7 @@ def tune_recipe(
     }
     figures = {
         "facts": len(records),
-        "damage_texts": len(damage_texts),
+        "damage_texts": len(search.damage_texts),
         "corpus": context.corpus.source,
         "chosen": chosen.to_json(),
         "margins": [c.to_json() for c in chosen_by_count],
@@ -91,6 +100,26 @@ def tune_recipe(
     )
 
 
+def build_search_context(
+    model: LoadedModel,
+    context: EditorContext,
+    records: Sequence[Record],
+    edited_records: Sequence[Record],
+    plain_statements: Sequence[str],
+    store: ArtifactStore,
+    max_damage_texts: int,
+) -> SearchContext:
+    """Return what every candidate is measured with. Damage is measured on plain statements that state no edited
+    fact."""
+    texts = texts_without_edited_facts(plain_statements, edited_records)
+    damage_texts = evenly_spaced(texts, max_damage_texts)
+    if not damage_texts:
+        raise InvalidInput("every plain statement states an edited fact: give more facts.", "facts")
+    search = SearchContext(VersionedModel(model, EmptyLedger()), context, records, damage_texts, store)
+    context.recipe = Recipe(source="initial values", rome=RomeParameters(layers=(0,)))
+    return search
+
+
 def search_rome_values(
     search: SearchContext, on_candidate: OnCandidate
 ) -> Stepper[tuple[JsonDict, list[Candidate]]]:
@@ -100,11 +129,7 @@ def search_rome_values(
     layers = candidate_layers(count)
     best = yield from stages.run(Stage.LAYER, search_space.START_VALUES, [{"layers": [x]} for x in layers])
     if "layers" not in best:
-        raise InvalidInput(
-            f"no layer from 0 to {max(layers)} can be edited with these facts: give other or more facts, with neighbours and "
-            "paraphrases that the model knows.",
-            "facts",
-        )
+        raise InvalidInput(NO_EDITABLE_LAYER, "facts")
     (layer,) = best["layers"]
     ranges = [{"layers": list(run)} for run in layer_ranges_around(layer, count)]
     best = yield from stages.run(Stage.LAYER_RANGE, best, ranges)

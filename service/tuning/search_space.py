@@ -22,6 +22,7 @@ class Stage(StrEnum):
     """The stages of the search for "rome". Each starts from the best values of those before it."""
 
     LAYER = "layer"  #: a single layer
+    VALUES = "values"  #: rate, steps, clamp and contexts, in a search with a time budget
     LAYER_RANGE = "layer_range"  #: two or three layers that include the best one
     REGULARIZATION = "regularization"
     KEY = "key"  #: the texts that the key is averaged over
@@ -56,6 +57,18 @@ MARGIN_GRID = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3
 FULL_STRENGTH_MARGIN = 0.5  # the greatest margin required of an edit at full strength, in nats
 BATCH_FRACTIONS = (1.0, 0.5, 0.25)  # shares of the records for which a margin is chosen
 MAX_LOSS_INCREASE = 0.09  # of the loss on plain statements, relative; on other facts it may reach a tenth
+
+RACE_LAYERS = 8  # layers that a search with a time budget tries, from the first to two fifths of the depth
+RACE_DAMAGE_TEXTS = 8  # plain statements on which a search with a time budget measures damage
+#: start values of a search with a time budget: an edit takes few steps
+RACE_START_VALUES = START_VALUES | {"steps": 20, "learning_rate": 0.5}
+#: the changes of a search with a time budget: each pace with each clamp and number of contexts, the start values first
+RACE_VALUES: tuple[JsonDict, ...] = tuple(
+    {"learning_rate": rate, "steps": steps, "clamp": clamp, "contexts": contexts}
+    for contexts in (2, 6)
+    for clamp in (4.0, 1.0)
+    for rate, steps in ((0.5, 20), (0.2, 30), (0.1, 40))
+)
 
 
 def candidate_layers(layers: int) -> list[int]:

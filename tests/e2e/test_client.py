@@ -44,6 +44,8 @@ def test_edit_generate_compare_and_revert(client: Any) -> None:
     edit = client.edit(SUBJECT, PROMPT, "Rome", "Paris", on_progress=seen.append)
     assert edit.applied and edit.before < 0.1 < 0.9 < edit.after
     assert "optimize" in {p.phase for p in seen}
+    assert edit.result["side_effects"]["measured"]
+    assert len(edit.also_changed) == edit.result["side_effects"]["changed"]
     said = client.generate(STATEMENT, max_new_tokens=2, min_version=edit.version)
     assert str(said).startswith(" Rome") and said.version == edit.version and len(said.tokens) == 2
     both = client.compare(STATEMENT, ("base", edit.version), max_new_tokens=2)

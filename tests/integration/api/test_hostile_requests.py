@@ -51,7 +51,7 @@ REQUESTS: dict[str, tuple[bytes, set[int]]] = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LimitedServer]:
-    limits = {"header": 1.0, "body": 1.0, "unread_body": 0.3}
+    limits = {"header": 1.0, "body": 1.0, "unread_pause": 0.3}
     running = LimitedServer(tmp_path_factory.mktemp("server"), limits)
     yield running
     running.stop()

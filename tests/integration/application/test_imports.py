@@ -101,6 +101,19 @@ def test_the_weights_are_the_same_bytes(source: SteppedService, destination: Ste
     assert destination.count(JobArtifact) == 0
 
 
+def test_no_probes_are_found_for_an_import(source: SteppedService, destination: SteppedService) -> None:
+    """An imported edit has the probes that its request gave; its report says that side effects were not measured."""
+    assert source.services.edits.page()["items"][0]["probes"] == "auto"
+    created, _ = destination.services.imports.submit(source.export_edit_set(), "key:bob")
+    destination.run_queued_edits()
+    edits = {e["subject"]: destination.services.edits.get(e["id"]) for e in created}
+    none: Resource = {"paraphrase": [], "neighborhood": []}
+    assert edits["Louvre"]["probes"] == none
+    assert edits["Colosseum"]["probes"] == none | {"paraphrase": ["What about the {}"]}
+    assert not edits["Louvre"]["result"]["side_effects"]["measured"]
+    assert edits["Louvre"]["result"]["paraphrase"] == []
+
+
 def test_batched_import_commits_the_same_bytes(source: SteppedService, destination: SteppedService) -> None:
     """Imported edits that run as one batch give the digest of the source."""
     destination.services.imports.submit(source.export_edit_set(), "key:bob")

@@ -24,7 +24,15 @@ from tests.support.limited_server import (
 )
 from tests.support.local_server import wait_until
 
-LIMITS = {"header": 1.0, "body": 1.0, "body_rate": 10.0, "unread_body": 0.5, "write": 1.0, "keep_alive": 5.0}
+LIMITS = {
+    "header": 1.0,
+    "body": 1.0,
+    "body_rate": 10.0,
+    "unread_pause": 0.5,
+    "unread_body": 2.5,
+    "write": 1.0,
+    "keep_alive": 5.0,
+}
 LONG = 3.0  #: seconds, longer than each limit but `keep_alive`
 KEY = f"Authorization: Bearer {ROOT_KEY}\r\n".encode()
 POST = b"POST /edits HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -146,6 +154,30 @@ def test_the_body_of_a_refused_request_is_not_awaited(server: LimitedServer) -> 
     with connections(server.address, 1, POST + b"Content-Length: 100000\r\n\r\n{") as (slow,):
         answer = read_to_end(slow)
     assert answer.startswith(b"HTTP/1.1 401")
+
+
+def test_a_client_that_sends_the_whole_body_first_reads_the_refusal(server: LimitedServer) -> None:
+    """A client that is still sending when its request is refused, for longer than the pause that is allowed, sends the
+    rest and reads the status: the connection is not reset while bytes arrive."""
+    length = 100
+    with connections(server.address, 1, POST + b"Content-Length: %d\r\n\r\n" % length) as (client,):
+        for _ in range(10):
+            time.sleep(0.15)
+            client.sendall(b" " * (length // 10))
+        assert client.recv(65536).startswith(b"HTTP/1.1 401")
+
+
+def test_the_rest_of_a_refused_body_has_a_limit_in_total(server: LimitedServer) -> None:
+    """A client that never ends the body of a refused request loses its connection, though it sends steadily."""
+    before = closed_count(server, "body")
+    with (
+        connections(server.address, 1, POST + b"Content-Length: 100000\r\n\r\n") as (endless,),
+        pytest.raises((BrokenPipeError, ConnectionResetError)),
+    ):
+        for _ in range(100):
+            time.sleep(0.1)
+            endless.sendall(b" ")
+    assert closed_count(server, "body") == before + 1
 
 
 def test_an_unread_response_ends_the_connection(server: LimitedServer) -> None:

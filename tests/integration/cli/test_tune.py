@@ -13,7 +13,7 @@ from cli.tune import candidate_row, parse_methods, resolve_facts
 from service.errors import InvalidInput
 from service.kit.steps import Phase, Progress, Stepper
 from service.settings import SHIPPED_MODEL, Settings
-from service.tuning import fact_selection, objective, search_space
+from service.tuning import fact_selection, fact_trials, objective, search_space
 from service.tuning.objective import Candidate
 from tests.support.tiny_models import TEXTS, tiny
 from workers.resident_model import load_served_model
@@ -49,17 +49,31 @@ def command_line(folder: Path, *more: str) -> list[str]:
     return [str(word) for word in words]
 
 
+def within_minutes(folder: Path, minutes: str, *more: str) -> list[str]:
+    given = [
+        "--facts",
+        folder / "facts.json",
+        "--data-dir",
+        folder / "data",
+        "--corpus",
+        folder / "texts.txt",
+    ]
+    words = ["tune", folder / "model", *given, "--limit", "4", "--minutes", minutes, *more]
+    return [str(word) for word in words]
+
+
+def known_records(_model: Any, records: list[Any], limit: int) -> Stepper[list[Any]]:
+    """Return the first records, as if the model knew them."""
+    yield Progress(Phase.PROBE, 1, 1)
+    return records[:limit]
+
+
 @pytest.mark.parametrize("start", [True, False])
 def test_the_recipe_is_written_where_the_worker_loads_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], start: bool
 ) -> None:
     """The recipe is written to the path from which the worker loads the model, with its `prepend_bos`."""
-
-    def known(_model: Any, records: list[Any], limit: int) -> Stepper[list[Any]]:
-        yield Progress(Phase.PROBE, 1, 1)
-        return records[:limit]
-
-    monkeypatch.setattr(fact_selection, "select_known_records", known)
+    monkeypatch.setattr(fact_selection, "select_known_records", known_records)
     monkeypatch.setattr(fact_selection, "prefers_bos", lambda *_: start)
     monkeypatch.setattr(search_space, "START_VALUES", search_space.START_VALUES | {"steps": 3, "contexts": 0})
     monkeypatch.setattr(search_space, "STAGES", {})
@@ -84,6 +98,69 @@ def test_a_model_that_knows_nothing_has_no_recipe(folder: Path, capsys: pytest.C
     assert main(command_line(folder)) == 1
     assert "a recipe needs at least 8" in " ".join(capsys.readouterr().err.split())
     assert not (folder / "data" / "recipes").exists()
+
+
+def test_budget_gives_a_recipe_and_says_what_it_leaves_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With `--minutes` the rungs are printed, and the result has what was not tried."""
+    monkeypatch.setattr(fact_selection, "select_known_records", known_records)
+    monkeypatch.setattr(
+        search_space, "RACE_START_VALUES", search_space.RACE_START_VALUES | {"steps": 2, "contexts": 0}
+    )
+    monkeypatch.setattr(search_space, "RACE_VALUES", ({}, {"clamp": 1.0}))
+    monkeypatch.setattr(fact_trials, "compute_objective", lambda figures: float("joint" in figures))
+    assert main(within_minutes(folder, "5", "--json")) == 0
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert Path(result["path"]).is_file()
+    assert "margins for many edits" in result["not_tried"][-1]
+    assert result["recipe"]["source"] == "palimpsest tune --minutes 5, on 4 facts that the model knows"
+    assert "values, rung 1 of 1 (4 facts): 2 candidates; best " in printed.err
+    assert "The same command continues" in printed.err
+    assert main(within_minutes(folder, "5")) == 0
+    assert "Not tried: " in capsys.readouterr().err
+
+
+def test_budget_that_is_too_small_says_where_it_ended(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If the budget ends before there is a recipe, the message says during what, and that the command continues."""
+    assert main(within_minutes(folder, "0.00001")) == 1
+    message = " ".join(capsys.readouterr().err.split())
+    assert "--minutes 1e-05 ended during the choice of facts" in message
+    assert "The same command continues" in message
+
+
+@pytest.mark.parametrize("words", [["--batch-facts", "10"], ["--methods", "memit"]])
+def test_budget_refuses_stages_that_it_leaves_out(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    """`--minutes` tunes single edits with rome, and says which flag to leave out."""
+    assert main(within_minutes(folder, "5", *words)) == 1
+    assert f"{words[0]} cannot be used with --minutes" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf", "ten"])
+def test_minutes_are_a_number_above_zero(capsys: pytest.CaptureFixture[str], minutes: str) -> None:
+    """Any other value is refused by the parser."""
+    with pytest.raises(SystemExit):
+        main(["tune", "model", f"--minutes={minutes}"])
+    assert f"'{minutes}' is not a number above 0" in capsys.readouterr().err
+
+
+def test_interruption_says_that_the_command_continues(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C ends the command with the code of SIGINT and a line that says how to continue."""
+
+    def interrupted(*_: Any) -> Stepper[list[Any]]:
+        yield Progress(Phase.PROBE, 0, 1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fact_selection, "select_known_records", interrupted)
+    assert main(within_minutes(folder, "5")) == 130
+    assert "Stopped. The same command continues" in capsys.readouterr().err
 
 
 def test_facts_and_methods_are_resolved() -> None:

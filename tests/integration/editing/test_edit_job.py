@@ -22,6 +22,7 @@ from service.editing.context import EditorContext
 from service.editing.edit_job import group_compatible_jobs, run_edits
 from service.editing.edit_spec import build_edit_spec
 from service.editing.find_factors import find_batch_factors, find_factors
+from service.editing.greedy_text import GreedyText, generate_greedy
 from service.editing.guard import Check, CheckName, GuardResult
 from service.editing.probes import Probe, edit_holds, neighbor_preserved, probe_of_entry
 from service.engine.versioned_model import VersionedModel, WeightOverrides
@@ -129,6 +130,7 @@ class EditingHarness:
             "target_new": new,
             "target_true": true,
             "guard": LOOSE_GUARD,
+            "probes": {},
         }
         return str(
             self.services.edits.submit([EditRequest.model_validate(request | more)], "somebody")[0]["id"]
@@ -320,6 +322,18 @@ def test_true_object_defaults_to_base_model_answer(harness: EditingHarness) -> N
     first = harness.run_edit(true=None)
     second = harness.run_edit(new="city", true=None)
     assert first["result"]["target_true"] == second["result"]["target_true"] != "is"
+
+
+def test_active_edits_are_among_the_found_neighbours(harness: EditingHarness) -> None:
+    """The subject of an active edit is a neighbour, with the answer of the version before the new edit; a reverted one
+    is none."""
+    harness.revert(harness.run_edit("Mount Fuji", "in"))
+    harness.run_edit("Big Ben", "city")
+    result = harness.run_edit(probes="auto")["result"]
+    found = [(p["prompt"], p["true"]) for p in result["neighborhood"] if p["source"] == "edits"]
+    assert [prompt for prompt, _ in found] == [PROMPT.replace("{}", "Big Ben")]
+    assert found[0][1].startswith("city")
+    assert result["side_effects"]["measured"]
 
 
 # rejections
@@ -522,14 +536,14 @@ def test_one_separator_from_the_search_to_the_ledger(harness: EditingHarness, se
 @pytest.mark.parametrize(
     ("answer", "true"),
     [
-        (measure.GreedyText(" 2,500 metres. It is the"), "2,500 metres"),
-        (measure.GreedyText("\u6771\u4eac\u3067\u3059\u3002\u305d\u308c\u306f"), "\u6771\u4eac\u3067\u3059"),
-        (measure.GreedyText(" one of the most famous sights of the"), "one"),
-        (measure.GreedyText(" New York City", complete=True), "New York City"),
+        (GreedyText(" 2,500 metres. It is the"), "2,500 metres"),
+        (GreedyText("\u6771\u4eac\u3067\u3059\u3002\u305d\u308c\u306f"), "\u6771\u4eac\u3067\u3059"),
+        (GreedyText(" one of the most famous sights of the"), "one"),
+        (GreedyText(" New York City", complete=True), "New York City"),
     ],
 )
 def test_the_true_object_is_the_beginning_of_the_answer(
-    harness: EditingHarness, monkeypatch: pytest.MonkeyPatch, answer: measure.GreedyText, true: str
+    harness: EditingHarness, monkeypatch: pytest.MonkeyPatch, answer: GreedyText, true: str
 ) -> None:
     """Without a true object in the request, it is the answer of the base model up to its first boundary."""
 
@@ -1133,7 +1147,7 @@ def test_an_answer_that_another_edit_changed_can_be_written(harness: EditingHarn
     other = harness.run_edit("know the Colosseum", "in", prompt="We {}", guard=GUARD_OFF)
     statement = "We know the Colosseum"
     with harness.replica.use_weights(harness.replica.weights(other["version"])):
-        (answer,) = run_to_completion(measure.generate_greedy(harness.model, [statement], 1))
+        (answer,) = run_to_completion(generate_greedy(harness.model, [statement], 1))
     assert answer.text != " is"
     assert harness.run_edit(**SAID | {"guard": LOOSE_GUARD})["status"] in ("applied", "rejected")
 

@@ -14,7 +14,8 @@ from service.kit.text_encoder import TextEncoder
 from service.models.loading import LoadedModel, load_model
 from service.schemas import WorkerGenerateRequest
 from tests.support.chat_templates import CONVERSATIONS, message
-from workers.model_info import chat_info, tokenizer_json
+from service.models.chat import describe_chat_template
+from workers.model_info import tokenizer_json
 
 pytestmark = pytest.mark.real
 
@@ -27,7 +28,7 @@ def model(smollm2: Path) -> LoadedModel:
 @pytest.fixture(scope="module")
 def chat(model: LoadedModel) -> ChatFormat:
     """The form of conversations that the API makes of what a worker registers."""
-    registered = chat_info(model)
+    registered = describe_chat_template(model.tokenizer)
     assert registered is not None
     encoder = TextEncoder(
         Tokenizer.from_str(tokenizer_json(model)), model.max_positions, model.vocabulary_size

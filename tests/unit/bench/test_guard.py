@@ -5,6 +5,7 @@ from __future__ import annotations
 from bench.guard import GuardCase, conflict_table
 from service.editing.candidate import ResolvedEdit, VersionMeasurement
 from service.editing.conflicts import ConflictCandidate
+from service.editing.greedy_text import GreedyText
 from service.editing.guard import evaluate_guard
 from service.editing.probes import Probe
 from service.methods.parameters import RomeParameters
@@ -19,8 +20,10 @@ def make_case(norm: float, neighbour_kept: bool) -> GuardCase:
     rewrite, neighbour = Probe("Tower in", "Rome", "Paris"), Probe("Louvre in", "Rome", "Paris")
     resolved_edit = ResolvedEdit(request, RomeParameters(layers=(0,)), rewrite, [], [neighbour])
     new, true = probe_result(-0.1, -2.0, True, False), probe_result(-2.0, -0.1, False, True)
-    before = VersionMeasurement([true, true], "", 2.0, set())
-    after = VersionMeasurement([new, true if neighbour_kept else new], "", 2.0, set())
+    texts = [GreedyText(" Paris.")]
+    before = VersionMeasurement([true, true], "", 2.0, set(), neighbor_texts=texts)
+    results = [new, true if neighbour_kept else new]
+    after = VersionMeasurement(results, "", 2.0, set(), neighbor_texts=texts)
     return GuardCase(resolved_edit, evaluate_guard(resolved_edit, before, after, 1.0, {WeightRef(0): norm}))
 
 

@@ -255,8 +255,49 @@ def test_edit_shows_what_changed(fake: FakeService, capsys: Captured) -> None:
         "target_true": "Paris",
         "dry_run": False,
         "hparams": {"layers": [1], "compat": "meng2022"},
-        "probes": {"paraphrase": ["See it in"]},
+        "probes": {"paraphrase": ["See it in"], "neighborhood": "auto"},
     }
+
+
+def test_edit_says_what_else_changed(fake: FakeService, capsys: Captured) -> None:
+    """Probes that the service found are one line for each kind, and each changed answer is a line; side effects that
+    were not measured are reported with the reason."""
+    edit = edit_with_result("applied", version=7)
+    result, after = edit["result"], {"new": 0.8, "true": 0.1}
+    for kind in ("paraphrase", "neighborhood"):
+        result[kind] = [probe | {"source": "facts", "after": after} for probe in result[kind]]
+    change = {"prompt": "Louvre in", "subject": "Louvre", "before": "Paris", "after": "Rome"}
+    result["also_changed"] = [change, change | {"subject": None, "after": ""}]
+    result["side_effects"] = {"measured": True, "neighbors": 3, "changed": 2, "reason": None}
+    answer_edit_with(fake, edit)
+    assert main(EDIT) == 0
+    shown = capsys.readouterr().out
+    assert "paraphrases: the new object is the more probable one after 1 of 1" in shown
+    assert "neighbors: 1 of 3 keep their answers" in shown
+    assert "also changed: Louvre: Paris to Rome" in shown
+    assert "also changed: Louvre in: Paris to no answer" in shown
+    assert "paraphrase: See it in" not in shown and "neighborhood: Louvre in" not in shown
+    result |= {"neighborhood": [], "also_changed": []}
+    result["side_effects"] = {"measured": False, "neighbors": 0, "changed": 0, "reason": "none were given"}
+    answer_edit_with(fake, edit)
+    assert main(EDIT) == 0
+    assert "side effects: not measured (none were given)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "probes"),
+    [
+        ([], None),
+        (["--no-probes"], {"paraphrase": [], "neighborhood": []}),
+        (["--paraphrase", "a"], {"paraphrase": ["a"], "neighborhood": "auto"}),
+        (["--paraphrase", "a", "--no-probes"], {"paraphrase": ["a"], "neighborhood": []}),
+    ],
+)
+def test_edit_looks_for_probes(fake: FakeService, flags: list[str], probes: Any) -> None:
+    """Without flags the service decides which probes it finds; given paraphrases replace those that it finds."""
+    answer_edit_with(fake, edit_with_result("applied", version=7))
+    main([*EDIT, *flags])
+    assert fake.requests[0][1].get("probes") == probes
 
 
 def test_a_rejected_edit_says_why(fake: FakeService, capsys: Captured) -> None:

@@ -53,6 +53,43 @@ def test_what_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("probes", "paraphrases", "neighbors"),
+    [
+        ("auto", None, None),
+        ({}, [], []),
+        ({"paraphrase": ["{} in"]}, ["{} in"], []),
+        ({"paraphrase": ["{} in"], "neighborhood": "auto"}, ["{} in"], None),
+        ({"paraphrase": "auto", "neighborhood": []}, None, []),
+    ],
+)
+def test_probes_are_given_or_found(
+    probes: Any, paraphrases: list[str] | None, neighbors: list[Any] | None
+) -> None:
+    """Either kind of probes is a list, which may be empty, or "auto"; a stored request says the same again."""
+    edit = EditRequest.model_validate(EDIT | {"probes": probes})
+    assert (edit.given_paraphrases, edit.given_neighbors) == (paraphrases, neighbors)
+    assert EditRequest.model_validate(edit.model_dump(mode="json")) == edit
+    assert EditRequest.model_validate(EDIT).probes == "auto"
+
+
+@pytest.mark.parametrize(
+    ("probes", "path"),
+    [
+        ("none", ("probes",)),
+        ({"paraphrase": "all"}, ("probes", "paraphrase")),
+        ({"neighborhood": [{"prompt": "a"}]}, ("probes", "neighborhood", 0, "target")),
+        ({"paraphrase": ["a"] * 65}, ("probes", "paraphrase")),
+        ({"neighborhood": [{"prompt": "a", "target": "b"}] * 65}, ("probes", "neighborhood")),
+    ],
+)
+def test_an_error_in_probes_names_one_field(probes: Any, path: tuple[str | int, ...]) -> None:
+    """Another word than "auto", an incomplete probe and too long a list are one error each, at their field."""
+    with pytest.raises(ValidationError) as error:
+        EditRequest.model_validate(EDIT | {"probes": probes})
+    assert [e["loc"] for e in error.value.errors()] == [path]
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"objective": "write", "target_new": None},

@@ -18,6 +18,12 @@ def test_candidates_are_layers_of_the_model(layers: int) -> None:
     assert default_recipe("llama", layers).rome.layers[0] in candidates
 
 
+def test_more_candidates_from_the_first_layer_on() -> None:
+    """A search can ask for more candidates, from another depth on."""
+    assert layers_to_try(30, 8, 0.0) == (0, 2, 3, 5, 7, 9, 10, 12)
+    assert layers_to_try(8, 8, 0.0) == (0, 1, 2, 3)
+
+
 def test_the_candidates_span_the_published_layers() -> None:
     """For the depth of every published recipe, its layer lies between the first and the last candidate."""
     for (_, layers, _), recipe in PUBLISHED.items():
