@@ -8,7 +8,7 @@ from typing import Any
 
 from cli.client import add_client_command
 from cli.edit_output import parse_hparam, print_edit_result
-from cli.flags import add_hparam_flag
+from cli.flags import add_hparam_flag, add_separator_flag, separator_of
 from cli.job_output import JobJson, failure_reason, wait_for_job
 from cli.terminal import err, out, print_json, strip_control_chars
 from palimpsest import Client
@@ -52,6 +52,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="store_true",
         help="do not look for paraphrases and side effects: faster, and damage to other subjects is not seen",
     )
+    add_separator_flag(parser)
     add_hparam_flag(parser)
 
 
@@ -73,6 +74,7 @@ def edit_fields(args: argparse.Namespace) -> dict[str, Any]:
         "prompt": args.prompt,
         "target_new": args.target,
         "target_true": args.true,
+        "separator": separator_of(args),
         "objective": args.objective,
         "on_conflict": args.on_conflict,
         "dry_run": args.dry_run,

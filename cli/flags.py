@@ -19,6 +19,7 @@ from service.settings import SHIPPED_MODEL
 S = TypeVar("S", bound=BaseSettings)
 Commands = argparse._SubParsersAction  #: the action that holds the commands of a parser
 Run = Callable[[argparse.Namespace], int]
+SEPARATORS: dict[str, Literal["", " "]] = {"space": " ", "none": ""}  #: by their names on the command line
 VERSION_NAMES: dict[str, Literal["head", "base"]] = {"head": "head", "base": "base"}
 FORMATS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}  #: placeholders of values in `--help`
 
@@ -81,6 +82,21 @@ def add_hparam_flag(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="set a hyperparameter of the method; repeatable",
     )
+
+
+def add_separator_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--separator` to a command with a prompt and its object."""
+    parser.add_argument(
+        "--separator",
+        choices=SEPARATORS,
+        help="what stands between prompt and object (default: a space between words; what the base model prefers where "
+        "the characters do not determine it)",
+    )
+
+
+def separator_of(args: argparse.Namespace) -> Literal["", " "] | None:
+    """Return the separator that a command names."""
+    return None if args.separator is None else SEPARATORS[args.separator]
 
 
 def positive_int(text: str) -> int:

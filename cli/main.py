@@ -8,69 +8,44 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
-from cli import (
-    api,
-    audit,
-    chat,
-    compare,
-    completion,
-    edit,
-    edits,
-    evaluate,
-    evaluations,
-    export,
-    fetch,
-    generate,
-    import_edits,
-    jobs,
-    keys,
-    ledger,
-    migrate,
-    models,
-    prune,
-    revert,
-    serve,
-    study,
-    trace,
-    traces,
-    tune,
-    worker,
-)
 from cli.entry import installed_version
 from cli.overview import overview
 from cli.terminal import err, print_json, strip_control_chars
 from palimpsest import PalimpsestError as ClientError
 from service.errors import Misconfigured, PalimpsestError, error_document
 
+#: in the order of the list of commands; only the module of a given command is imported
 COMMANDS = (
-    serve,
-    fetch,
-    generate,
-    compare,
-    chat,
-    edit,
-    edits,
-    revert,
-    import_edits,
-    trace,
-    traces,
-    ledger,
-    models,
-    export,
-    evaluate,
-    evaluations,
-    study,
-    tune,
-    api,
-    worker,
-    migrate,
-    keys,
-    prune,
-    audit,
-    jobs,
+    "serve",
+    "fetch",
+    "generate",
+    "compare",
+    "chat",
+    "edit",
+    "edits",
+    "revert",
+    "import",
+    "trace",
+    "traces",
+    "ledger",
+    "models",
+    "export",
+    "evaluate",
+    "evaluations",
+    "study",
+    "tune",
+    "api",
+    "worker",
+    "migrate",
+    "keys",
+    "prune",
+    "audit",
+    "jobs",
 )
+MODULES = {"import": "import_edits"}  #: of commands whose module has another name
 
 
 class RootParser(argparse.ArgumentParser):
@@ -80,18 +55,23 @@ class RootParser(argparse.ArgumentParser):
         return overview()
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line: one module a command."""
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of a command; without one, or for another word, that of the whole command line."""
     parser = RootParser(prog="palimpsest", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"palimpsest {installed_version()}")
     parser.set_defaults(json=False)  # for the commands without this flag
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", required=True, parser_class=argparse.ArgumentParser
     )
-    for module in COMMANDS:
-        module.add_parser(commands)
-    completion.add_parser(commands, parser)
+    for name in [command] if command in COMMANDS else COMMANDS:
+        _module_of(name).add_parser(commands)
+    if command not in COMMANDS:
+        _module_of("completion").add_parser(commands, parser)
     return parser
+
+
+def _module_of(command: str) -> Any:
+    return import_module(f"cli.{MODULES.get(command, command)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: success. 1: the request or the job failed, or no service answers. 2: invalid command or configuration. 130:
     SIGINT.
     """
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = build_parser(words[0] if words else None).parse_args(words)
     try:
         return int(args.run(args))
     except ClientError as error:

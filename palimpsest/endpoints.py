@@ -70,6 +70,7 @@ class EditRequest(_RequiredEditFields, total=False):
 
     target_new: str
     target_true: str
+    separator: Literal["", " "]
     objective: Literal["write", "erase", "amplify"]
     on_conflict: Literal["report", "supersede", "reject"]
     method: str

@@ -34,7 +34,7 @@ class HeartbeatThread:
         self._interval = min(max(lease / 10, 0.2), 5.0)
         self._sweep_interval = min(max(lease / 3, 0.5), 20.0)
         self._last_sweep_at = float("-inf")
-        self._stop = threading.Event()
+        self._stop, self._due = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
@@ -42,6 +42,7 @@ class HeartbeatThread:
 
     def stop(self) -> None:
         self._stop.set()
+        self._due.set()
         self._thread.join()
 
     def resume(self) -> None:
@@ -52,13 +53,18 @@ class HeartbeatThread:
         self.paused = False
         self.beat()
 
+    def beat_soon(self) -> None:
+        """Send the next heartbeat at once, for what clients wait for. Returns before it is sent."""
+        self._due.set()
+
     def _run(self) -> None:
         while not self._stop.is_set():
+            self._due.clear()
             try:
                 self.beat()
             except Exception as error:  # the next beat tries again, within the lease
                 log.warning("heartbeat failed", extra={"detail": str(error)})
-            self._stop.wait(self._interval)
+            self._due.wait(self._interval)
 
     def beat(self) -> None:
         """Send one heartbeat, and sweep for lost jobs when a sweep is due."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from service.editing.context import EditorContext
@@ -16,7 +17,8 @@ LOG_INTERVAL = 10.0  # seconds between two lines of the log
 
 
 class Preparation:
-    """Background work of the engine. `announce` is called by the thread that sends the heartbeats.
+    """Background work of the engine. `announce` is called by the thread that sends the heartbeats, which `on_end` calls
+    for when the preparation has ended: clients wait for the statistics.
 
     `prepares`: whether the worker edits or evaluates. One that does not collects nothing.
     """
@@ -26,6 +28,7 @@ class Preparation:
         self._announced: dict[str, Any] = {}
         self._logged_at = float("-inf")
         self._was_running = False
+        self.on_end: Callable[[], None] = lambda: None
         context.queue.in_background = True
         if prepares:
             context.prepare_in_background()
@@ -45,6 +48,7 @@ class Preparation:
             if self._was_running and self.error is None:
                 log.info("prepared", extra={"statistics": sorted(self._context.statistics)})
             self._was_running, self._logged_at = False, float("-inf")
+            self.on_end()
             return
         self._was_running = True
         if time.monotonic() - self._logged_at >= LOG_INTERVAL:

@@ -201,6 +201,7 @@ class Worker:
         heartbeat = HeartbeatThread(
             engine, worker_session, self._settings.worker_timeout, self.preparation.announce
         )
+        self.preparation.on_end = heartbeat.beat_soon
         heartbeat.start()
         try:
             self._serve_with_restarts(engine, worker_session, heartbeat, context)

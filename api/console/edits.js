@@ -17,7 +17,7 @@ import {
 } from "./components.js";
 import { subjectOf } from "./subject.js";
 import { get, post } from "./service.js";
-import { show as showReport } from "./report.js";
+import { SEPARATORS, show as showReport } from "./report.js";
 import { fillMethods } from "./status.js";
 
 const EXAMPLE = {
@@ -105,6 +105,13 @@ function form(query, signal) {
     h("option", { value: "supersede" }, "supersede it"),
     h("option", { value: "reject" }, "reject this edit"),
   );
+  const separator = h(
+    "select",
+    { name: "separator" },
+    h("option", { value: "" }, "what the base model prefers"),
+    h("option", { value: "space" }, "a space"),
+    h("option", { value: "none" }, "nothing"),
+  );
   const limits = guardFields();
   const dry = h("input", { type: "checkbox", name: "dry_run" });
   const preview = h("div", { class: "preview", "aria-live": "polite" });
@@ -147,6 +154,7 @@ function form(query, signal) {
           { class: "grid two" },
           field("Method", method),
           field("If it conflicts with an active edit", conflict),
+          field("Between sentence and object", separator),
         ),
         limits.element,
       ),
@@ -175,6 +183,7 @@ function form(query, signal) {
     old.value = request.target_true ?? "";
     probes.value = request.probes ?? "auto";
     limits.value = request.guard ?? {};
+    separator.value = request.separator ?? "";
     if (request.method) method.value = request.method;
     if (request.objective) objective.value = request.objective;
     changed();
@@ -225,6 +234,7 @@ function form(query, signal) {
       objective: objective.value,
       ...(writes ? { target_new: fresh.value.trim() } : {}),
       ...(old.value.trim() ? { target_true: old.value.trim() } : {}),
+      ...(separator.value ? { separator: SEPARATORS[separator.value] } : {}),
       ...(method.value ? { method: method.value } : {}),
       on_conflict: conflict.value,
       probes: probes.value,
@@ -243,7 +253,7 @@ function form(query, signal) {
 /** Return the initial values of the form from the query of the address. */
 function given(query) {
   const request = Object.fromEntries(
-    ["prompt", "subject", "target_new", "target_true", "objective", "method"].map((name) => [
+    ["prompt", "subject", "target_new", "target_true", "separator", "objective", "method"].map((name) => [
       name,
       query.get(name),
     ]),

@@ -180,6 +180,9 @@ const filled = (edit) => edit.prompt.replace("{}", () => edit.subject);
 
 const json = (value) => (value ? JSON.stringify(value) : null);
 
+/** What can stand between a sentence and its object, by the names of the edit form. */
+export const SEPARATORS = { space: " ", none: "" };
+
 /** Return the query of the edit form with the fields of this edit. */
 export function formOf(edit) {
   const { prompt, subject, target_new, target_true, objective, method } = edit;
@@ -188,6 +191,7 @@ export function formOf(edit) {
     subject,
     target_new,
     target_true,
+    separator: Object.keys(SEPARATORS).find((name) => SEPARATORS[name] === edit.separator),
     objective,
     method,
     probes: json(edit.probes),

@@ -46,6 +46,7 @@ from service.errors import Cancelled, Conflict, DigestMismatch, InvalidInput, Un
 from service.jobs import artifacts
 from service.jobs.job_store import ClaimedJob, JobStore
 from service.kit import crash_points
+from service.kit.answer import is_object_certain
 from service.kit.separator import Separator, certain_separator
 from service.kit.steps import JobReporter, Phase, Progress, Stepper, report_to, retry_while_unavailable
 from service.kit.text import fill_prompt
@@ -58,7 +59,7 @@ from service.recipes.recipe import resolve_hparams
 from service.schemas import EditRequest
 from service.weights.factors import DenseUpdate, EditUpdate, deserialize_updates, serialize_updates
 
-ANSWER_TOKENS = 16  # of the answer whose beginning is the true object, where a request names none
+ANSWER_TOKENS = 16  # at most, of the answer whose beginning is the true object, where a request names none
 HEAD_MOVED = Progress(Phase.RETRY, 0, 1)
 JOB_ENDED = Progress(Phase.COMMIT, 1, 1)
 
@@ -400,7 +401,7 @@ def resolve_edit(
     prompt, objective = fill_prompt(request.prompt, request.subject).text, request.objective
     target_true = request.target_true
     if target_true is None:
-        (answer,) = yield from generate_greedy(model, [prompt], ANSWER_TOKENS)
+        (answer,) = yield from generate_greedy(model, [prompt], ANSWER_TOKENS, is_object_certain)
         target_true = answer.answer or NO_OBJECT
     target_new = request.target_new if objective == "write" and request.target_new else target_true
     if target_new == NO_OBJECT:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from service.engine.decoding import DecodingBatch, DecodingSequence, new_sequence
@@ -30,16 +30,23 @@ class GreedyText:
 
 
 def generate_greedy(
-    model: LoadedModel, prompts: Sequence[str], length: int = PREVIEW_TOKENS
+    model: LoadedModel,
+    prompts: Sequence[str],
+    length: int = PREVIEW_TOKENS,
+    is_enough: Callable[[str], bool] = lambda _text: False,
 ) -> Stepper[list[GreedyText]]:
-    """Return the greedy continuations of the prompts, at most `length` tokens each, decoded in batches."""
+    """Return the greedy continuations of the prompts, at most `length` tokens each, decoded in batches. A batch ends
+    when `is_enough` holds of the text of each."""
     found: list[GreedyText] = []
     for start in range(0, len(prompts), GREEDY_BATCH_SIZE):
-        found += yield from _generate_batch(model, prompts[start : start + GREEDY_BATCH_SIZE], length)
+        batch = prompts[start : start + GREEDY_BATCH_SIZE]
+        found += yield from _generate_batch(model, batch, length, is_enough)
     return found
 
 
-def _generate_batch(model: LoadedModel, prompts: Sequence[str], length: int) -> Stepper[list[GreedyText]]:
+def _generate_batch(
+    model: LoadedModel, prompts: Sequence[str], length: int, is_enough: Callable[[str], bool]
+) -> Stepper[list[GreedyText]]:
     greedy = Sampling(max_new_tokens=length, temperature=0)
     rows: list[DecodingSequence | None] = []
     for prompt in prompts:
@@ -49,7 +56,7 @@ def _generate_batch(model: LoadedModel, prompts: Sequence[str], length: int) -> 
             rows.append(None)
     batch = DecodingBatch(model, [r for r in rows if r is not None])
     step = 0
-    while len(batch):
+    while any(not is_enough(sequence.text) for sequence in batch.sequences):
         batch.step()
         step += 1
         yield Progress(Phase.ANSWER, step, length)

@@ -7,6 +7,7 @@ import regex
 from service.kit.text import SPACELESS_SCRIPTS
 
 MAX_WORDS = 6  # of an object; more words before a boundary are a clause
+CHARACTERS_AHEAD = 3  # of a mark, on which it depends whether it is a boundary
 _ELLIPSIS = "\u2026"
 #: what ends a sentence, a clause or an item of a list, in any script; a word space of Ethiopic is one of these marks
 #: in Unicode, and is a space here
@@ -46,6 +47,14 @@ def answer_object(answer: str, complete: bool = False) -> str:
     first_part = text[:end].strip()
     runs_on = end is None and not complete
     return _first_word(text) if runs_on or len(first_part.split()) > MAX_WORDS else first_part
+
+
+def is_object_certain(answer: str) -> bool:
+    """Whether every longer answer that begins with this one has the same object: it has a boundary, and behind it the
+    characters that could show that an earlier mark is none, or that this one is not."""
+    text = answer.lstrip(" \t\u3000")
+    end = _first_boundary(text)
+    return end is not None and len(text) - end > CHARACTERS_AHEAD
 
 
 def strip_trailing_marks(text: str) -> str:

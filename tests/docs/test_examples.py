@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from palimpsest import Client
+from tests.support.page_blocks import EXAMPLES_PAGE, read_blocks
+from tests.support.page_sessions import DocSession
 from tests.support.paths import ROOT
 from tests.support.processes import FAST_EDIT_OPTIONS
 
@@ -37,31 +40,53 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_quickstart_edits_and_reverts(run: Run, tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class ReadmeRun:
+    """The folder in which the commands of examples/README.md ran, and the output of each."""
+
+    folder: Path
+    outputs: dict[str, str]
+
+    def output_of(self, beginning: str) -> str:
+        """Return the output of the command that begins so."""
+        (output,) = (text for command, text in self.outputs.items() if command.startswith(beginning))
+        return output
+
+
+@pytest.fixture(scope="module")
+def readme(url: str, tmp_path_factory: pytest.TempPathFactory) -> ReadmeRun:
+    """The commands of the README, run one after another; each must succeed."""
+    folder = tmp_path_factory.mktemp("readme")
+    blocks = [block for block in read_blocks(EXAMPLES_PAGE) if block.runs]
+    with DocSession(folder, {"PALIMPSEST_URL": url}) as session:
+        commands = [(block, command) for block in blocks for command in block.code.splitlines()]
+        outputs = {command: session.run(replace(block, code=f"{command}\n")) for block, command in commands}
+    return ReadmeRun(folder, outputs)
+
+
+def test_quickstart_edits_and_reverts(readme: ReadmeRun) -> None:
     """quickstart.py prints Paris before the edit, Rome after it, Paris for the Louvre, and Paris after the revert."""
-    done = run("quickstart.py")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = readme.output_of("python examples/quickstart.py").splitlines()
     answers = [
         line.split()[-1].rstrip(".") for line in lines if line.startswith(("before", "after", "revert"))
     ]
-    assert answers == ["Paris", "Rome", "Rome", "Paris", "Paris"], done.stdout
+    assert answers == ["Paris", "Rome", "Rome", "Paris", "Paris"], lines
     assert "p(Rome) 0.000 -> " in lines[1] and lines[-1].split() == ["verified:", "True"]
-    assert "<svg" in (tmp_path / "trace.svg").read_text(encoding="utf-8")
+    assert "<svg" in (readme.folder / "trace.svg").read_text(encoding="utf-8")
 
 
-def test_bulk_edit_is_idempotent(run: Run, url: str, tmp_path: Path) -> None:
+def test_bulk_edit_is_idempotent(run: Run, readme: ReadmeRun, url: str, tmp_path: Path) -> None:
     """bulk_edit.py applies every row of the shipped table; a second run returns the same edits and adds no version."""
-    first = run("bulk_edit.py", EXAMPLES / "landmarks.csv", "--report", tmp_path / "first.csv")
-    assert first.returncode == 0, first.stdout + first.stderr
-    assert first.stdout == "4 applied\n" and "4/4" in first.stderr
-    rows = read_csv(tmp_path / "first.csv")
+    output = readme.output_of("python examples/bulk_edit.py")
+    assert output.endswith("4 applied\n") and "4/4" in output
+    rows = read_csv(readme.folder / "report.csv")
     assert [row["target_new"] for row in rows] == ["Rome", "Madrid", "Vienna", "Berlin"]
     assert all(float(row["before"]) < 0.1 and float(row["after"]) > 0.3 for row in rows)
     with Client(url) as client:
         head = client.models()[0].head
         again = run("bulk_edit.py", EXAMPLES / "landmarks.csv", "--report", tmp_path / "again.csv")
-        assert again.returncode == 0 and read_csv(tmp_path / "again.csv") == rows
+        assert again.returncode == 0 and again.stdout == "4 applied\n"
+        assert read_csv(tmp_path / "again.csv") == rows
         assert client.models()[0].head == head
 
 
@@ -76,19 +101,15 @@ def test_bulk_edit_reports_invalid_and_rejected_rows(run: Run, tmp_path: Path) -
     assert "less probable than required" in rejected["reason"] and rejected["edit"]
 
 
-def test_exported_adapter_generates_with_peft(run: Run, url: str, shipped: Path, tmp_path: Path) -> None:
+def test_exported_adapter_generates_with_peft(readme: ReadmeRun, url: str) -> None:
     """The stock libraries generate the service's text with the exported adapter, and the base text without it."""
+    prompt = "The Eiffel Tower is located in the city of"
+    *_, base, adapted = readme.output_of("python examples/serve_adapter.py").splitlines()
     with Client(url) as client:
-        edit = client.edit("Big Ben", "The {} is located in the city of", "Madrid")
-        assert edit.version is not None
-        prompt = "The Big Ben is located in the city of"
-        generated = client.generate(prompt, max_new_tokens=4, version=edit.version)
-        (tmp_path / "adapter.zip").write_bytes(client.export(edit.version))
-    done = run("serve_adapter.py", shipped, "adapter.zip", prompt, "--max-new-tokens", 4)
-    assert done.returncode == 0, done.stderr
-    base, adapted = done.stdout.splitlines()
-    assert adapted == f"adapted: {prompt}{generated}" and " Madrid" in generated.text
-    assert base.startswith(f"base:    {prompt} London")
+        (version,) = {edit.version for edit in client.edits(subject="Eiffel Tower", status="applied")}
+        generated = client.generate(prompt, max_new_tokens=2, version=version)
+    assert adapted == f"adapted: {prompt}{generated}" and " Rome" in generated.text
+    assert base.startswith(f"base:    {prompt} Paris")
 
 
 @pytest.mark.parametrize("name", ["audit.md", "audit.html"])

@@ -15,6 +15,7 @@ import yaml
 
 from tests.support.page_blocks import (
     DATA_LANGUAGES,
+    EXAMPLES_PAGE,
     FRESH_SERVICE,
     PLAIN_LANGUAGES,
     PYTHON_LANGUAGES,
@@ -64,7 +65,9 @@ def service_for_page(page: str, shared_service: EmbeddedService, folder: Path) -
             shared_service.revert(edit)
 
 
-RUNNABLE_PAGES = [page for page in doc_pages() if any(block.runs for block in read_blocks(page))]
+RUNNABLE_PAGES = [
+    page for page in doc_pages() if any(block.runs for block in read_blocks(page)) and page != EXAMPLES_PAGE
+]
 
 
 @pytest.mark.parametrize("page", RUNNABLE_PAGES)

@@ -113,6 +113,28 @@ def test_user_text_is_never_rendered_as_markup(browser: Browser, tmp_path: Path)
             assert page.locator("main img").count() == 0
 
 
+@pytest.mark.parametrize(("label", "separator"), [("a space", " "), ("nothing", ""), (None, None)])
+def test_the_separator_of_an_edit_is_chosen(
+    browser: Browser, tmp_path: Path, label: str | None, separator: str | None
+) -> None:
+    """The field of the edit form says what stands between sentence and object, and the form of a similar edit has the
+    same value."""
+    test_app = TestApp(tmp_path)
+    test_app.start_fake_worker()
+    with serving(test_app) as address, open_page(browser, address) as found:
+        page = found.open("edits")
+        page.get_by_role("button", name="Use example").click()
+        page.get_by_text("Method and guard").click()
+        field = page.get_by_label("Between sentence and object")
+        if label is not None:
+            field.select_option(label=label)
+        page.get_by_role("button", name="Apply edit").click()
+        page.get_by_role("link", name="Similar edit").click()
+        expect(field).to_have_value({" ": "space", "": "none", None: ""}[separator])
+        (edit,) = httpx.get(f"{address}/edits", timeout=60).json()["items"]
+        assert edit["separator"] == separator
+
+
 def test_a_failed_job_can_be_retried(browser: Browser, tmp_path: Path) -> None:
     """A failed edit shows its error, and a button retries it."""
     test_app = TestApp(tmp_path)

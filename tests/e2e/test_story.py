@@ -277,12 +277,12 @@ def test_a_stream_is_pinned(service: ServiceClient) -> None:
     head = service.head()
     # At this temperature no text ends early: generations fill the model's positions, and there are enough of them for
     # the stream to outlast the edit.
-    request = {"prompts": [EDIT_PROMPT] * 32, "max_new_tokens": 4096, "temperature": 10.0, "seed": 3}
+    request = {"prompts": [EDIT_PROMPT] * 16, "max_new_tokens": 4096, "temperature": 10.0, "seed": 3}
     applied = threading.Event()
     done: list[Resource] = []
 
     def land() -> None:
-        done.append(service.edit(SUBJECT, PROMPT, "Rome", **FAST_EDIT_OPTIONS))
+        done.append(service.edit(SUBJECT, PROMPT, "Rome", target_true="Paris", **FAST_EDIT_OPTIONS))
         applied.set()
 
     editing = threading.Thread(target=land)

@@ -108,7 +108,7 @@ def collect_events(broker: Broker, channel: str) -> list[Event]:
     async def listen() -> list[Event]:
         return [event async for event in broker.events(channel)]
 
-    return asyncio.run(asyncio.wait_for(listen(), 10))
+    return asyncio.run(asyncio.wait_for(listen(), 60))
 
 
 def token_texts(events: list[Event], index: int = 0) -> Iterator[str]:

@@ -19,23 +19,28 @@ JSON_PATHS = (
 SMALL_LIMIT = 1_000_000  #: bytes, the default of `max_body`
 
 
-def floods() -> dict[str, dict[str, Any]]:
-    """Return objects of up to a megabyte with a flood of values, by the name of what is flooded."""
+def floods(size: int = SMALL_LIMIT) -> dict[str, dict[str, Any]]:
+    """Return objects of up to `size` bytes with a flood of values, by the name of what is flooded."""
+    share = size / SMALL_LIMIT
+
+    def count(most: int) -> int:
+        return int(most * share)
+
     return {
-        "unknown": {f"unknown{i}": 0 for i in range(40_000)},
-        "hparams": {"hparams": {f"unknown{i}": 0 for i in range(40_000)}},
-        "checkpoints": {"checkpoints": [0] * 300_000},
-        "strengths": {"strengths": ["x"] * 200_000},
-        "edits": {"edits": [{}] * 300_000},
-        "prompts": {"prompts": [0] * 300_000},
-        "prompt": {"prompt": [-1] * 300_000},
-        "prompt of lists": {"prompt": [[-1] * 300_000]},
-        "placeholders": {"prompt": "{}" * 400_000, "subject": "x" * 100_000},
-        "stop": {"stop": ["x"] * 200_000},
-        "versions": {"versions": [0] * 300_000},
-        "kinds": {"kinds": ["mlp"] * 100_000},
-        "messages": {"messages": [{}] * 300_000},
-        "parts of a message": {"messages": [{"role": "user", "content": [{}] * 300_000}]},
+        "unknown": {f"unknown{i}": 0 for i in range(count(40_000))},
+        "hparams": {"hparams": {f"unknown{i}": 0 for i in range(count(40_000))}},
+        "checkpoints": {"checkpoints": [0] * count(300_000)},
+        "strengths": {"strengths": ["x"] * count(200_000)},
+        "edits": {"edits": [{}] * count(300_000)},
+        "prompts": {"prompts": [0] * count(300_000)},
+        "prompt": {"prompt": [-1] * count(300_000)},
+        "prompt of lists": {"prompt": [[-1] * count(300_000)]},
+        "placeholders": {"prompt": "{}" * count(400_000), "subject": "x" * count(100_000)},
+        "stop": {"stop": ["x"] * count(200_000)},
+        "versions": {"versions": [0] * count(300_000)},
+        "kinds": {"kinds": ["mlp"] * count(100_000)},
+        "messages": {"messages": [{}] * count(300_000)},
+        "parts of a message": {"messages": [{"role": "user", "content": [{}] * count(300_000)}]},
     }
 
 

@@ -29,6 +29,8 @@ BLOCK_PATTERN = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 NOT_RUN, OUTPUT, SETUP = "not run:", "output", "setup:"
+#: the page whose commands tests/docs/test_examples.py runs, and whose output it checks
+EXAMPLES_PAGE = "examples/README.md"
 #: mark of a page whose output assumes an empty ledger
 FRESH_SERVICE = "<!-- a fresh service -->"
 

@@ -24,7 +24,7 @@ from service.tracing.trace_input import build_trace_input
 from tests.support.tiny_models import tiny
 
 STATEMENT = locate_subject("In The Eiffel Tower is in", "Eiffel Tower")
-SAMPLES = 3
+SAMPLES = 2
 
 
 @pytest.fixture(params=["gpt2", "gptj"])

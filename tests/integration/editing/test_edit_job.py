@@ -547,7 +547,7 @@ def test_the_true_object_is_the_beginning_of_the_answer(
 ) -> None:
     """Without a true object in the request, it is the answer of the base model up to its first boundary."""
 
-    def generated(_model: Any, prompts: Sequence[str], _length: int) -> Any:
+    def generated(_model: Any, prompts: Sequence[str], *_options: object) -> Any:
         yield from ()
         return [answer] * len(prompts)
 

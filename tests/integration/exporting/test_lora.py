@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.serve_adapter import unpack_adapter
 from service.engine.versioned_model import VersionedModel
 from service.exporting.export_job import export_version, public_base_name, write_model
 from service.exporting.lora import RELATIVE_RANK_TOLERANCE, LoraAdapter, lora_factors
@@ -93,6 +94,17 @@ def test_adapter_loads_without_palimpsest(tmp_path: Path) -> None:
     folder = extract_zip(export_bytes(replica, 2)[0], tmp_path / "adapter")
     adapted = load_with_peft(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), folder)
     assert (served_logits(replica, 2) - logits(adapted, model)).abs().max() < CLOSE
+
+
+def test_zipped_adapter_is_unpacked(tmp_path: Path) -> None:
+    """The example that serves an adapter takes the zip of an export as well as its folder."""
+    data = export_bytes(replica_with_random_edits(tiny("gpt2"), 2, layers=(1,)), 2)[0]
+    folder = extract_zip(data, tmp_path / "folder")
+    (tmp_path / "adapter.zip").write_bytes(data)
+    unpacked = unpack_adapter(tmp_path / "adapter.zip", tmp_path / "unpacked")
+    assert unpack_adapter(folder, tmp_path / "unused") == folder
+    contents = [{file.name: file.read_bytes() for file in x.iterdir()} for x in (folder, unpacked)]
+    assert contents[0] == contents[1] and "adapter_model.safetensors" in contents[0]
 
 
 def test_adapter_is_portable(tmp_path: Path) -> None:

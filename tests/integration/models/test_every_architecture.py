@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from bench.peak_memory import peak_bytes
 from service.covariance.collect import collect_statistics
 from service.covariance.corpus import Corpus
+from service.covariance.second_moment import KeyStatistics
 from service.editing import associations
 from service.editing.edit_spec import EditFactors
 from service.editing.find_factors import find_factors
@@ -51,6 +52,7 @@ from tests.support.tiny_models import ALL_MODELS, TEXTS, tiny
 STATEMENT = fill_prompt("In {} is", "Mount Fuji")
 CONTEXTS = ("Big Ben",)
 PROMPTS = ["The Eiffel Tower is in", "Big", "In which country is Mount Fuji?"]
+TWO_LAYERS = RomeParameters(layers=(0, 1), steps=4, learning_rate=0.05)
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
 
 
@@ -66,24 +68,42 @@ def model(name: str) -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def edit(model: LoadedModel) -> EditFactors:
+def plain(model: LoadedModel) -> Any:
+    """The model as transformers builds it from the configuration and the weights. The tests do not change it."""
+    plain = AutoModelForCausalLM.from_config(copy.deepcopy(model.model.config)).to(model.model.dtype).eval()
+    plain.load_state_dict(model.model.state_dict())
+    return plain
+
+
+@pytest.fixture(scope="module")
+def statistics(model: LoadedModel) -> dict[int, KeyStatistics]:
+    """The statistics of the first two layers."""
+    return run_to_completion(collect_statistics(model, [0, 1], Corpus("test", tuple(TEXTS)), damping=0.1))
+
+
+@pytest.fixture(scope="module")
+def edit(model: LoadedModel, statistics: dict[int, KeyStatistics]) -> EditFactors:
     """One edit of the middle layer."""
-    statistics = run_to_completion(collect_statistics(model, [1], Corpus("test", tuple(TEXTS)), damping=0.1))
     parameters = RomeParameters(
         layers=(1,), steps=12, learning_rate=0.2, clamp=100.0, kl_factor=0.0, weight_decay=0.0
     )
     return run_to_completion(find_factors(model, statistics, (), STATEMENT, "Rome", parameters, "edit_1"))
 
 
+@pytest.fixture(scope="module")
+def replica(model: LoadedModel, edit: EditFactors) -> VersionedModel:
+    """The service with this edit as version 1."""
+    return VersionedModel(model, FakeLedger({"edit_1": list(edit.updates)}))
+
+
+@pytest.fixture(scope="module")
+def edited_logits(replica: VersionedModel) -> Tensor:
+    """The logits of the service at version 1."""
+    return served_logits(replica, 1)
+
+
 def ids_of(model: LoadedModel) -> Tensor:
     return torch.tensor([model.encode(STATEMENT.text)[0]])
-
-
-def plain_copy(model: LoadedModel) -> Any:
-    """Return the model as transformers builds it from the configuration and the weights."""
-    plain = AutoModelForCausalLM.from_config(copy.deepcopy(model.model.config)).to(model.model.dtype).eval()
-    plain.load_state_dict(model.model.state_dict())
-    return plain
 
 
 def captured(model: LoadedModel, modules: dict[str, nn.Module], side: str = "output") -> dict[str, Tensor]:
@@ -125,13 +145,11 @@ def test_paths(model: LoadedModel, name: str) -> None:
     assert tuple(model.weight(0).shape) == ((inner, 16) if conv1d else (16, inner))
 
 
-def test_forward(model: LoadedModel) -> None:
+def test_forward(model: LoadedModel, plain: Any) -> None:
     """The served model has the logits of the one that transformers builds, and no unfused activation."""
     ids = ids_of(model)
     with torch.no_grad():
-        torch.testing.assert_close(
-            forward(model, pad(ids.tolist(), model)), plain_copy(model)(ids).logits, **CLOSE
-        )
+        torch.testing.assert_close(forward(model, pad(ids.tolist(), model)), plain(ids).logits, **CLOSE)
     assert not any(is_unfused(m) for m in model.model.modules())
 
 
@@ -289,15 +307,16 @@ def _factor(model: LoadedModel) -> float:
     return float(getattr(model.model.config, "residual_multiplier", 1.0))
 
 
-def test_edit(model: LoadedModel, edit: EditFactors) -> None:
+def test_edit(
+    model: LoadedModel, plain: Any, edit: EditFactors, replica: VersionedModel, edited_logits: Tensor
+) -> None:
     """In transformers' own model with the exported weights, the down-projection's output at the subject changes by
     the delta of the search, which made the object more probable; the logits are those of the service."""
-    replica = VersionedModel(model, FakeLedger({"edit_1": list(edit.updates)}))
     (weight,) = replica.weights(1).values()
-    other = plain_copy(model)
+    other = copy.deepcopy(plain)
     with torch.no_grad():
         dict(other.named_parameters())[model.parameter_name(WeightRef(1))].copy_(weight)
-    torch.testing.assert_close(served_logits(replica, 1), logits(other, model), **CLOSE)
+    torch.testing.assert_close(edited_logits, logits(other, model), **CLOSE)
     assert edit.losses[-1] < edit.losses[0]
     value = {"value": model.down_proj(1)}
     subject = tokenize_statement(model, STATEMENT).last_subject_index
@@ -309,12 +328,24 @@ def test_edit(model: LoadedModel, edit: EditFactors) -> None:
     assert float((after - before).norm()) == pytest.approx(edit.delta_norm, rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def wanted_change(model: LoadedModel) -> Tensor:
+    """The change of the hidden state after layer 1 that the search of an edit of two layers finds."""
+    spec = ValueSearchSpec(tokenize_contexts(model, STATEMENT, "Rome", ()), TWO_LAYERS)
+    (value,) = run_to_completion(optimize_values(model, DeltaSite(1, on_hidden_state=True), [spec]))
+    return value.delta
+
+
 def test_layers(
-    model: LoadedModel, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
+    model: LoadedModel,
+    statistics: dict[int, KeyStatistics],
+    wanted_change: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """An edit of two layers moves the hidden state after them by the delta of the search: exactly, or with a norm
     after each MLP as near as that norm allows, and nearer than without a conversion of the values."""
-    missing = _missing_change(model)
+    missing = _missing_change(model, statistics, wanted_change)
     record_property("missing", missing)
     if norm_after_value(model, 1) is None:
         assert missing < 1e-3
@@ -322,27 +353,21 @@ def test_layers(
         assert missing < 0.5
     if norm_after_value(model, 1) is not None or model.residual_factor != 1.0:
         monkeypatch.setattr(associations, "value_change", lambda _model, _layer, _norm_input, change: change)
-        unconverted = _missing_change(model)
+        unconverted = _missing_change(model, statistics, wanted_change)
         record_property("unconverted", unconverted)
         assert missing < unconverted
 
 
-def _missing_change(model: LoadedModel) -> float:
+def _missing_change(model: LoadedModel, statistics: dict[int, KeyStatistics], wanted_change: Tensor) -> float:
     """Return the share of the wanted change of the hidden state that an edit of two layers does not give."""
-    layers, text = [0, 1], tokenize_statement(model, STATEMENT)
-    statistics = run_to_completion(
-        collect_statistics(model, layers, Corpus("test", tuple(TEXTS)), damping=0.1)
-    )
-    parameters = RomeParameters(layers=tuple(layers), steps=4, learning_rate=0.05)
-    factors = run_to_completion(find_factors(model, statistics, (), STATEMENT, "Rome", parameters, "edit_1"))
-    spec = ValueSearchSpec(tokenize_contexts(model, STATEMENT, "Rome", ()), parameters)
-    (value,) = run_to_completion(optimize_values(model, DeltaSite(1, on_hidden_state=True), [spec]))
+    factors = run_to_completion(find_factors(model, statistics, (), STATEMENT, "Rome", TWO_LAYERS, "edit_1"))
     hidden = {"hidden": model.block(1)}
+    subject = tokenize_statement(model, STATEMENT).last_subject_index
     replica = VersionedModel(model, FakeLedger({"edit_1": list(factors.updates)}))
-    before = captured(model, hidden)["hidden"][text.last_subject_index]
+    before = captured(model, hidden)["hidden"][subject]
     with replica.use_weights(replica.weights(1)):
-        after = captured(model, hidden)["hidden"][text.last_subject_index]
-    return float((before + value.delta - after).norm() / value.delta.norm())
+        after = captured(model, hidden)["hidden"][subject]
+    return float((before + wanted_change - after).norm() / wanted_change.norm())
 
 
 def test_memory(model: LoadedModel, name: str) -> None:
@@ -366,13 +391,19 @@ def test_memory(model: LoadedModel, name: str) -> None:
         assert peak <= estimate, (rows, peak, estimate)
 
 
-def test_lora(model: LoadedModel, edit: EditFactors, tmp_path: Path) -> None:
+def test_lora(
+    model: LoadedModel,
+    plain: Any,
+    edit: EditFactors,
+    replica: VersionedModel,
+    edited_logits: Tensor,
+    tmp_path: Path,
+) -> None:
     """PEFT gives the logits of the service with the exported adapter."""
     assert associations_of(edit.updates)
-    replica = VersionedModel(model, FakeLedger({"edit_1": list(edit.updates)}))
     file = io.BytesIO()
     run_to_completion(export_version(replica, TEXTS, WorkerExportRequest(version=1, format="peft"), file))
     with zipfile.ZipFile(file) as archive:
         archive.extractall(tmp_path)
-    adapted = load_with_peft(plain_copy(model), tmp_path)
-    torch.testing.assert_close(logits(adapted, model), served_logits(replica, 1), rtol=1e-4, atol=1e-4)
+    adapted = load_with_peft(copy.deepcopy(plain), tmp_path)
+    torch.testing.assert_close(logits(adapted, model), edited_logits, rtol=1e-4, atol=1e-4)

@@ -437,6 +437,36 @@ def test_an_object_is_erased_or_amplified_without_a_new_one(objective: str) -> N
     assert object_text({"objective": objective, "target_true": None, **found}) == f"{objective} London"
 
 
+@pytest.mark.parametrize(
+    ("flags", "separator"), [(["--separator", "space"], " "), (["--separator", "none"], "")]
+)
+def test_the_separator_of_an_edit_is_sent(fake: FakeService, flags: list[str], separator: str) -> None:
+    """--separator names what stands between prompt and object, and the request has it."""
+    answer_edit_with(fake, edit_with_result("applied", version=7))
+    assert main([*EDIT, *flags]) == 0
+    assert fake.requests[0][1] == EDIT_FIELDS | {
+        "target_new": "Rome",
+        "separator": separator,
+        "dry_run": False,
+    }
+
+
+@pytest.mark.parametrize(("flags", "fields"), [(["--separator", "none"], {"separator": ""}), ([], {})])
+def test_the_separator_of_a_trace_is_sent(
+    fake: FakeService, flags: list[str], fields: dict[str, str]
+) -> None:
+    """--separator of a trace is in its request, and without it the request has none."""
+    queued = {"id": "trace_1", "status": "queued", "links": {"self": "/trace/trace_1", "events": "/x"}}
+    failed = queued | {"status": "failed", "error": {"title": "x", "detail": "The disk is full."}}
+    fake.responses = {
+        "POST /trace": queued,
+        "GET /x": sse_stream(("end", failed)),
+        "GET /trace/trace_1": failed,
+    }
+    assert main(["trace", "The {} is", "Nile", *flags]) == 1
+    assert {k: v for k, v in fake.requests[0][1].items() if k == "separator"} == fields
+
+
 def test_traces_are_listed_and_drawn_again(fake: FakeService, capsys: Captured) -> None:
     """`traces` prints a line with the prompt of each trace. `traces show` prints the heat map with its
     severed paths."""

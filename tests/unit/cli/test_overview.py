@@ -10,7 +10,7 @@ import unicodedata
 import pytest
 
 from cli.entry import main
-from cli.main import build_parser
+from cli.main import COMMANDS, build_parser
 from cli.overview import OVERVIEW, overview
 
 Captured = pytest.CaptureFixture[str]
@@ -64,3 +64,23 @@ def test_the_overview_imports_no_heavy_modules() -> None:
     ran = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
     assert ran.stdout == overview()
     assert not {"rich", "httpx", "pydantic", "argparse", "torch"} & set(ran.stderr.split())
+
+
+def test_a_command_imports_no_other_command() -> None:
+    """A command imports its own module, and not what other commands need."""
+    asked = "import sys; from cli.entry import main; code = main(['models', '--url', 'x']); sys.stderr.write(' '.join(sys.modules)); sys.exit(code)"
+    ran = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
+    modules = set(ran.stderr.split())
+    assert ran.returncode == 2 and "cli.models" in modules
+    assert not {"cli.edit", "cli.evaluate", "service.schemas", "torch"} & modules
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "completion"])
+def test_the_parser_of_one_command_is_that_of_the_whole(command: str, capsys: Captured) -> None:
+    """The help of a command is the same whether its parser alone was built or that of the whole command line."""
+    said = []
+    for parser in (build_parser(command), build_parser()):
+        with pytest.raises(SystemExit):
+            parser.parse_args([command, "--help"])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != ""

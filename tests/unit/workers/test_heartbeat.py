@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import pytest
 
 from service.engine.engine import Engine
 from service.jobs.worker_session import WorkerSession
+from tests.support.local_server import wait_until
 from workers.heartbeat import HeartbeatThread
 
 
@@ -90,3 +92,22 @@ def test_no_heartbeat_before_the_first_version() -> None:
     heartbeat, session = make_heartbeat(served_version=None)
     heartbeat.beat()
     assert session.beats == []
+
+
+def has_more_beats(session: FakeWorkerSession, count: int) -> bool:
+    return len(session.beats) > count
+
+
+def test_a_heartbeat_that_is_due_is_sent_at_once() -> None:
+    """`beat_soon` makes the thread send a heartbeat before its interval has passed."""
+    session = FakeWorkerSession()
+    heartbeat = make_paused(session)
+    heartbeat._interval = 3600.0
+    heartbeat.start()
+    try:
+        heartbeat.resume()
+        for sent in range(1, 4):
+            heartbeat.beat_soon()
+            wait_until(partial(has_more_beats, session, sent))
+    finally:
+        heartbeat.stop()

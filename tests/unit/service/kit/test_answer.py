@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from service.kit.answer import answer_object, strip_trailing_marks
+from service.kit.answer import answer_object, is_object_certain, strip_trailing_marks
 
 TEXT = st.text(
     alphabet=st.one_of(
@@ -15,6 +15,8 @@ TEXT = st.text(
     ),
     max_size=20,
 )
+#: texts of many marks
+MARKS = st.text(alphabet=st.sampled_from(" \t\n.,-\u2014\u2013:;(Aa1\u6771\u3002\u00b7"), max_size=12)
 #: objects in several scripts, without a boundary of their own
 OBJECTS = [
     "Paris",
@@ -90,6 +92,20 @@ def test_text_after_a_line_changes_no_object(answer: str, rest: str) -> None:
     """What follows the first line of an answer has no influence on its object."""
     assume(answer.strip())
     assert answer_object(f"{answer}\n{rest}") == answer_object(f"{answer}\n")
+
+
+@settings(max_examples=500, deadline=None)
+@given(TEXT | MARKS, TEXT | MARKS)
+def test_longer_answers_keep_a_certain_object(answer: str, rest: str) -> None:
+    """An object that is certain is the object of every longer answer, too."""
+    assume(is_object_certain(answer))
+    assert answer_object(answer + rest) == answer_object(answer)
+
+
+def test_an_object_is_certain_a_few_characters_after_its_boundary() -> None:
+    """A boundary alone is not enough: a digit or a name may follow."""
+    assert not is_object_certain(" 2,") and not is_object_certain(" J. ") and not is_object_certain(" Paris")
+    assert is_object_certain(" Paris. The") and is_object_certain(" 2,500 metres. It is")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,25 @@ def token_ids(model: LoadedModel) -> torch.Tensor:
     return torch.tensor([model.encode(TEXTS[0])[0]])
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model that the tests do not change."""
+    return saved_base(tmp_path_factory.mktemp("base"), "llama")
+
+
+@pytest.fixture(scope="module")
+def valid_adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("valid")
+    saved_adapter(base, folder, "llama")
+    return folder
+
+
+@pytest.fixture
+def adapter(valid_adapter: Path, tmp_path: Path) -> Path:
+    """A copy of a valid adapter, which a test may change."""
+    return shutil.copytree(valid_adapter, tmp_path / "adapter")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -56,9 +76,8 @@ def token_ids(model: LoadedModel) -> torch.Tensor:
         {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"q_proj": 9}},
     ],
 )
-def test_a_merged_adapter_answers_as_with_peft(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_a_merged_adapter_answers_as_with_peft(changes: dict[str, Any], base: Path, tmp_path: Path) -> None:
     """A model with a merged adapter has the logits that PEFT computes with the adapter beside the weights."""
-    base = saved_base(tmp_path / "base", "llama")
     expected = saved_adapter(base, tmp_path / "adapter", "llama", **changes)
     merged = load_model(base, adapter=tmp_path / "adapter")
     torch.testing.assert_close(merged.model(token_ids(merged)).logits, expected, rtol=1e-4, atol=1e-4)
@@ -74,11 +93,9 @@ def test_weights_of_gpt2_are_changed_transposed(tmp_path: Path) -> None:
     torch.testing.assert_close(merged.model(token_ids(merged)).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_fingerprint_is_that_of_the_merged_weights(tmp_path: Path) -> None:
+def test_the_fingerprint_is_that_of_the_merged_weights(base: Path, adapter: Path, tmp_path: Path) -> None:
     """A merged adapter changes the fingerprint, as the same weights in a folder do."""
-    base = saved_base(tmp_path / "base", "llama")
-    saved_adapter(base, tmp_path / "adapter", "llama")
-    merged = load_model(base, adapter=tmp_path / "adapter")
+    merged = load_model(base, adapter=adapter)
     merged.model.save_pretrained(tmp_path / "merged")
     merged.tokenizer.save_pretrained(tmp_path / "merged")
     assert load_model(base).fingerprint != merged.fingerprint == load_model(tmp_path / "merged").fingerprint
@@ -89,17 +106,6 @@ def refusal(base: Path, adapter: Path) -> str:
         load_model(base, adapter=adapter)
     assert "\n" not in caught.value.detail and str(adapter) in caught.value.detail
     return caught.value.detail
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return saved_base(tmp_path / "base", "llama")
-
-
-@pytest.fixture
-def adapter(base: Path, tmp_path: Path) -> Path:
-    saved_adapter(base, tmp_path / "adapter", "llama")
-    return tmp_path / "adapter"
 
 
 @pytest.mark.parametrize(
