@@ -104,7 +104,7 @@ class ValueSearchCache:
     def _cache_key(self, delta_site: DeltaSite, spec: ValueSearchSpec) -> str:
         p = spec.parameters
         optimization = (p.steps, p.learning_rate, p.weight_decay, p.clamp, p.kl_factor, p.stop_loss)
-        weights = (p.restatement_weight, p.subject_weight)
+        weights = (p.restatement_weight, p.subject_weight, p.final_rate)
         key = (
             self.model.fingerprint,
             delta_site,

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -125,11 +126,13 @@ def _key_activations(model: LoadedModel, value: ValueResult, spec: ValueEditSpec
 
 
 def _weighted_mean(activations: Tensor, tokenized: TokenizedContexts, parameters: RomeParameters) -> Tensor:
-    """Return the mean over the prompts, averaged with the mean over the bare subjects when there are any.
+    """Return the mean over the continued prompts, averaged with that of the restatement and with the mean over the bare
+    subjects, as far as there are any.
 
-    In each of the two, the first text has no context and has weight `bare_weight`; the others share the rest equally.
+    In each group the first text has no context and has weight `bare_weight`; the others share the rest equally.
     """
-    groups = [g for g in (activations[: tokenized.size], activations[tokenized.size :]) if len(g)]
+    ends = (0, tokenized.continuations, tokenized.size, len(activations))
+    groups = [activations[begin:end] for begin, end in pairwise(ends) if end > begin]
     return torch.stack([_mean_with_first_weight(g, parameters.bare_weight) for g in groups]).mean(0)
 
 

@@ -150,8 +150,14 @@ class ValueOptimizer:
             or len(self.losses) == parameters.steps
         )
 
+    def _learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step, from 0."""
+        parameters = self.spec.parameters
+        return parameters.learning_rate * (1 - (1 - parameters.final_rate) * step / parameters.steps)
+
     def step(self, gradient: Tensor) -> None:
         """Update delta and clamp its norm. No operation synchronizes with the device."""
+        self.adam.param_groups[0]["lr"] = self._learning_rate(len(self.losses) - 1)
         self.delta.grad = gradient
         self.adam.step()
         with torch.no_grad():

@@ -52,6 +52,12 @@ class RomeParameters(BaseModel):
     layers: tuple[int, ...] = Field(min_length=1, max_length=16, description="edited layers, from 0")
     steps: int = Field(20, ge=1, le=200, description="optimization steps of the value")
     learning_rate: float = Field(0.5, gt=0, le=10, description="Adam's learning rate for the value")
+    final_rate: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="learning rate of the last step as a share of the first; linear between them",
+    )
     weight_decay: float = Field(0.5, ge=0, description="weight of |delta| / |v|^2")
     clamp: float = Field(4.0, gt=0, description="maximum |delta| as a multiple of |v|")
     kl_factor: float = Field(
