@@ -11,10 +11,10 @@ from service.engine.decoding import DecodingBatch, new_sequences
 from service.kit.chat_format import ChatFormat
 from service.kit.template_renderer import TemplateRenderer
 from service.kit.text_encoder import TextEncoder
+from service.models.chat import describe_chat_template
 from service.models.loading import LoadedModel, load_model
 from service.schemas import WorkerGenerateRequest
 from tests.support.chat_templates import CONVERSATIONS, message
-from service.models.chat import describe_chat_template
 from workers.model_info import tokenizer_json
 
 pytestmark = pytest.mark.real

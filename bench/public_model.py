@@ -1,0 +1,269 @@
+"""Edits of facts that a public chat model knows: by probability and by what it says, in completion and in chat.
+
+    palimpsest fetch smollm2-135m
+    python bench/public_model.py --records counterfact.json --out runs/public_model
+    python bench/public_model.py --records counterfact.json --hparams '{"restatement_weight": 0}' --out runs/without
+
+Facts are the records whose true object the model says greedily, one for each subject. Those at even places are for
+choosing hyperparameters (`--half even`), those at odd places are reported. Results are stored in --out after each fact,
+and an interrupted run resumes. `--active` measures the same edits when many are active together.
+
+In the columns "says", a greedy continuation must begin with the new object, for paraphrases and chat it must contain
+it within 16 tokens. "chat" is the share of conversations whose answer has the new object and the subject, "other
+subject" of those that have the new object without the subject. The questions are the statement by itself, the same as a
+sentence to finish and as a question, and each paraphrase; the search uses none of them. "neighbors" is the share whose
+greedy answer stays the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from time import perf_counter
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from service.datasets.loading import read_records
+from service.datasets.record import Record, record_fits
+from service.editing.context import EditInput, build_editor_context
+from service.editing.greedy_text import generate_greedy
+from service.engine.versioned_model import EmptyLedger, VersionedModel, WeightOverrides
+from service.evaluation.measuring import score_records
+from service.kit.answer import answer_object
+from service.kit.artifact_store import DirectoryStore
+from service.kit.steps import run_to_completion
+from service.kit.text import begins_with, fill_prompt
+from service.models.scoring import score_targets
+from service.scores.scores import harmonic_mean
+from service.settings import Settings
+from service.weights.factors import deserialize_updates, serialize_updates
+from workers.resident_model import load_served_model
+
+ANSWER_TOKENS = 16
+NEIGHBORS = 4  # of a record whose greedy answers are compared
+PARAPHRASES = 2
+QUESTIONS = ("{}", "Finish the sentence: {}", "What comes next? {}")
+console = Console(width=150)
+
+
+@dataclass(frozen=True)
+class Says:
+    """What the model says about one record."""
+
+    own: str
+    paraphrases: list[str]
+    chat: list[str]
+    description: str
+    neighbors: list[str]
+
+
+class PublicModelExperiment:
+    """A chat model with the facts that it knows."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        settings = Settings(model=args.model, data_dir=args.data, threads=args.threads)
+        self.model = load_served_model(settings)
+        if self.model.chat_format is None:
+            raise SystemExit(f"{args.model} has no chat template")
+        self.context = run_to_completion(build_editor_context(self.model, args.data / "statistics"))
+        self.replica = VersionedModel(self.model, EmptyLedger())
+        self.hparams = json.loads(args.hparams) if args.hparams else None
+        self.out = DirectoryStore(args.out)
+
+    def known_records(self, records: Sequence[Record]) -> list[Record]:
+        """Return the records of distinct subjects whose true object is the greedy answer."""
+        cached = self.out.get("known.json")
+        if cached is None:
+            usable = [r for r in records if r.target_true and record_fits(r, self.model.text_encoder)]
+            known: dict[str, Record] = {}
+            for start in track(range(0, len(usable), 32), "facts that the model knows", console=console):
+                batch = usable[start : start + 32]
+                pairs = [(r.text, str(r.target_true)) for r in batch]
+                scores = run_to_completion(score_targets(self.model, pairs))
+                for r, score in zip(batch, scores, strict=True):
+                    if score.is_greedy:
+                        known.setdefault(r.subject, r)
+            cached = json.dumps([r.name for r in known.values()]).encode()
+            self.out.put("known.json", cached)
+        by_name = {r.name: r for r in records}
+        return [by_name[name] for name in json.loads(cached)]
+
+    def find_updates(self, record: Record, number: int) -> tuple[list[Any], float]:
+        """Return the updates of an edit and the seconds of its search, from the store where it is there."""
+        name = f"edit-{number}.safetensors"
+        edit = f"{number:06}"
+        stored = self.out.get(name)
+        seconds = 0.0
+        if stored is None:
+            began = perf_counter()
+            statement = fill_prompt(record.prompt, record.subject)
+            found = EditInput(statement, record.target_new, hparams=self.hparams, edit=edit)
+            (factors,) = run_to_completion(self.context.find_all_factors([found]))
+            seconds = perf_counter() - began
+            stored = serialize_updates(factors.updates)
+            self.out.put(name, stored)
+        return deserialize_updates(stored, edit, record.subject), seconds
+
+    def says(self, record: Record, weights: WeightOverrides) -> Says:
+        """Return the greedy texts of a version about a record."""
+        chat = self.model.chat_format
+        assert chat is not None
+        paraphrases = record.paraphrases[:PARAPHRASES]
+        questions = [q.replace("{}", record.text) for q in QUESTIONS] + list(paraphrases)
+        questions.append(f"Tell me about {record.subject}.")
+        conversations = [chat.prompt_text([{"role": "user", "content": q}]) for q in questions]
+        neighbors = [n.prompt for n in record.neighbours[:NEIGHBORS]]
+        prompts = [record.text, *paraphrases, *conversations, *neighbors]
+        generating = generate_greedy(self.model, prompts, ANSWER_TOKENS)
+        found = run_to_completion(self.replica.step_with_weights(weights, generating))
+        texts = iter([t.text for t in found])
+        return Says(
+            next(texts),
+            [next(texts) for _ in paraphrases],
+            [next(texts) for _ in questions[:-1]],
+            next(texts),
+            list(texts),
+        )
+
+    def measure(self, record: Record, weights: WeightOverrides, before: Says) -> dict[str, Any]:
+        """Return the measures of a record at a version."""
+        (scores,) = run_to_completion(score_records(self.replica, [record], weights))
+        row: dict[str, Any] = {k: v for k, v in scores.measures().items() if k in ("ES", "PS", "NS")}
+        after = self.says(record, weights)
+        new, subject = record.target_new.casefold(), record.subject.casefold()
+        has_new = [new in text.casefold() for text in after.chat]
+        has_subject = [subject in text.casefold() for text in after.chat]
+        row |= {
+            "says": float(begins_with(after.own.strip(), record.target_new)),
+            "says paraphrase": mean([new in text.casefold() for text in after.paraphrases]),
+            "chat": mean([a and b for a, b in zip(has_new, has_subject, strict=True)]),
+            "chat, other subject": mean([a and not b for a, b in zip(has_new, has_subject, strict=True)]),
+            "description": float(subject in after.description.casefold()),
+            "neighbors": mean(
+                [
+                    begins_with(now.strip(), answer_object(was, complete=False))
+                    for was, now in zip(before.neighbors, after.neighbors, strict=True)
+                ]
+            ),
+            "texts": vars(after),
+        }
+        return row
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Return the mean; None of nothing."""
+    return fmean(map(float, values)) if values else None
+
+
+def run_single(experiment: PublicModelExperiment, records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Return a row for each record, with its edit alone active."""
+    rows = []
+    for number, record in enumerate(track(records, "edits alone", console=console)):
+        name = f"alone-{number}.json"
+        if (stored := experiment.out.get(name)) is None:
+            before = base_says(experiment, record, number)
+            updates, seconds = experiment.find_updates(record, number)
+            weights = run_to_completion(experiment.replica.compose_weights_in_steps(updates))
+            row = experiment.measure(record, weights, before) | {"seconds": seconds, "record": record.name}
+            stored = json.dumps(row).encode()
+            experiment.out.put(name, stored)
+        rows.append(json.loads(stored))
+    return rows
+
+
+def base_says(experiment: PublicModelExperiment, record: Record, number: int) -> Says:
+    """Return what the base model says about a record."""
+    name = f"base-{number}.json"
+    if (stored := experiment.out.get(name)) is None:
+        stored = json.dumps(vars(experiment.says(record, {}))).encode()
+        experiment.out.put(name, stored)
+    return Says(**json.loads(stored))
+
+
+def run_active(
+    experiment: PublicModelExperiment, records: Sequence[Record], count: int
+) -> list[dict[str, Any]]:
+    """Return a row for each of the first `count` records, with their edits active together."""
+    updates = [u for i, r in enumerate(records[:count]) for u in experiment.find_updates(r, i)[0]]
+    weights = run_to_completion(experiment.replica.compose_weights_in_steps(updates))
+    rows = []
+    for number, record in enumerate(track(records[:count], f"{count} edits active", console=console)):
+        name = f"active-{count}-{number}.json"
+        if (stored := experiment.out.get(name)) is None:
+            stored = json.dumps(
+                experiment.measure(record, weights, base_says(experiment, record, number))
+            ).encode()
+            experiment.out.put(name, stored)
+        rows.append(json.loads(stored))
+    return rows
+
+
+COLUMNS = (
+    "ES",
+    "PS",
+    "NS",
+    "says",
+    "says paraphrase",
+    "chat",
+    "chat, other subject",
+    "description",
+    "neighbors",
+)
+
+
+def print_table(results: dict[str, list[dict[str, Any]]]) -> None:
+    """Print the means in percent."""
+    table = Table(box=box.MARKDOWN)
+    for name in ("edits", "facts", "S", *COLUMNS, "seconds of a search"):
+        table.add_column(name)
+    for name, rows in results.items():
+        means = {c: mean([r[c] for r in rows if r[c] is not None]) for c in COLUMNS}
+        parts = [means[c] for c in ("ES", "PS", "NS")]
+        s = harmonic_mean([p for p in parts if p is not None])
+        seconds = [r["seconds"] for r in rows if r.get("seconds")]
+        cells = [f"{100 * m:.1f}" if (m := means[c]) is not None else "" for c in COLUMNS]
+        table.add_row(
+            name, str(len(rows)), f"{100 * s:.1f}", *cells, f"{fmean(seconds):.1f}" if seconds else ""
+        )
+    console.print(table)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default="smollm2-135m")
+    p.add_argument(
+        "--records", type=Path, nargs="+", required=True, help="files of CounterFact or of own records"
+    )
+    p.add_argument("--data", type=Path, default=Path("runs/public_model/data"), help="statistics")
+    p.add_argument("--out", type=Path, default=Path("runs/public_model"))
+    p.add_argument("--half", choices=("odd", "even"), default="odd")
+    p.add_argument("--facts", type=int, default=1000, help="maximum number of facts")
+    p.add_argument(
+        "--active", type=int, nargs="*", default=[], help="numbers of edits that are active together"
+    )
+    p.add_argument("--hparams", help="JSON; replaces hyperparameters of the recipe")
+    p.add_argument("--threads", type=int, default=1)
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    experiment = PublicModelExperiment(args)
+    records = [r for source in args.records for r in read_records(source, 0)]
+    known = experiment.known_records(records)
+    chosen = known[args.half == "odd" :: 2][: args.facts]
+    console.print(f"{len(records)} facts, {len(known)} known, {len(chosen)} measured")
+    results = {"each alone": run_single(experiment, chosen)}
+    for count in sorted({min(c, len(chosen)) for c in args.active}):
+        results[f"{count} active"] = run_active(experiment, chosen, count)
+    print_table(results)
+
+
+if __name__ == "__main__":
+    main()
