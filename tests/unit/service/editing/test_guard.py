@@ -67,3 +67,32 @@ def test_shared_tokens_do_not_help_the_new_object(shared: int) -> None:
     log_p = (sum(t.log_p for t in true.tokens) + rest.log_p) / (shared + 1)
     true = TargetScore(log_p, True, shared + 1, shared + 1, (*true.tokens, rest))
     assert failed_checks(new, true) == {CheckName.EFFICACY, CheckName.PROBABILITY, CheckName.PARAPHRASE}
+
+
+def name_result(probability: float) -> ProbeResult:
+    """Return the result of a probe of the subject's name, which has this probability."""
+    score = make_score(1, [probability], [probability > 0.5])
+    return ProbeResult.from_scores(score, score)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "passed"),
+    [(0.8, 0.8, True), (0.8, 0.3, True), (0.8, 0.1, False), (0.1, 0.0, False), (0.01, 0.0, None)],
+)
+def test_an_edit_that_changes_which_subject_is_read_is_rejected(
+    before: float, after: float, passed: bool | None
+) -> None:
+    """An edit fails where the model names the subject much less often than before; where it hardly named it before,
+    nothing is judged."""
+    request = EditRequest.model_validate({"subject": "Tower", "prompt": "{} in", "target_new": "Rome"})
+    probe = Probe("Tower in", "Rome", "Paris")
+    name = Probe("A sentence about Tower:", "Tower", "Tower")
+    resolved_edit = ResolvedEdit(request, RomeParameters(layers=(0,)), probe, [], [], name_probe=name)
+    rewrite = ProbeResult.from_scores(make_score(1, [0.9], [True]), make_score(2, [0.1], [False]))
+    measured = [
+        VersionMeasurement([rewrite], "", 2.0, set(), name=name_result(p or 1e-9)) for p in (before, after)
+    ]
+    result = evaluate_guard(resolved_edit, *measured, 1.0, {WeightRef(0): 0.5})
+    checks = {check.name: check for check in result.checks}
+    assert (checks[CheckName.SUBJECT].passed if CheckName.SUBJECT in checks else None) == passed
+    assert result.passed == (passed is not False)

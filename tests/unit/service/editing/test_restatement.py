@@ -9,6 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from service.covariance.collect import collect_statistics
+from service.covariance.corpus import Corpus
+from service.editing.edit_spec import build_edit_spec
+from service.editing.find_factors import find_batch_factors
 from service.editing.restatement import QUESTION, Restatement, restatement_text, tokenize_restatement
 from service.editing.suffix_batch import DeltaSite
 from service.editing.tokenized_contexts import TokenizedContexts, tokenize_contexts
@@ -16,10 +20,11 @@ from service.editing.value_optimizer import ValueResult, ValueSearchSpec, optimi
 from service.kit.steps import run_to_completion
 from service.kit.text import Statement, fill_prompt
 from service.methods.parameters import RomeParameters
-from service.models.hooks import replace_output
+from service.models.hooks import capture, replace_output
 from service.models.loading import LoadedModel
 from service.models.token_batch import forward, pad
 from service.schemas import Objective
+from service.weights.factors import Association
 from tests.support.chat_templates import CHATML
 from tests.support.tiny_models import MODEL_TYPES, tiny
 
@@ -198,3 +203,25 @@ def test_rows_of_other_edits_are_not_changed_at_later_mentions() -> None:
     for spec, value in zip(specs, together, strict=True):
         (alone,) = run_to_completion(optimize_values(model, DeltaSite(1), [spec]))
         torch.testing.assert_close(value.delta, alone.delta, rtol=1e-8, atol=1e-10)
+
+
+def test_the_key_is_the_mean_of_the_prompts_and_the_restatement() -> None:
+    """The key of an edit is half the mean key of the continued prompts and half that of the question's subject, which
+    is read in the chat template."""
+    model = chat_model(dtype=torch.float64)
+    p = RomeParameters(layers=(1,), steps=2, restatement_weight=0.5, anchor="own")
+    spec = build_edit_spec(model, CONTEXTS, STATEMENT, "Rome", p)
+    moment = collect_statistics(model, [1], Corpus("text", ("The tower is in Rome.", "Japan is old.")))
+    (factors,) = run_to_completion(find_batch_factors(model, run_to_completion(moment), [spec]))
+    tokenized = spec.tokenized
+
+    def key(ids: list[int]) -> torch.Tensor:
+        with capture({0: model.down_proj(1)}, "input") as seen, torch.no_grad():
+            forward(model, pad([ids], model))
+        return seen[0].reshape(len(ids), -1)[-1]
+
+    *plain, restated = [key(t.ids_through_subject) for t in tokenized.prompts]
+    (association,) = factors.updates
+    assert isinstance(association, Association)
+    expected = (torch.stack(plain).mean(0) + restated) / 2
+    torch.testing.assert_close(association.key.double(), expected, rtol=1e-5, atol=1e-6)

@@ -157,6 +157,15 @@ def test_the_first_step_of_adam_moves_every_coordinate_by_the_rate() -> None:
     torch.testing.assert_close(result.delta.abs(), torch.full_like(result.delta, 0.03), rtol=1e-3, atol=1e-5)
 
 
+def test_the_learning_rate_falls_linearly() -> None:
+    """With final_rate 0 the second of three steps has two thirds of the rate, and the first one all of it."""
+    options = {"learning_rate": 0.03, "clamp": 1e6}
+    first = optimize_value_with(tiny(), steps=2, **options).delta
+    constant = optimize_value_with(tiny(), steps=3, **options).delta
+    falling = optimize_value_with(tiny(), steps=3, final_rate=0.0, **options).delta
+    torch.testing.assert_close(falling - first, (constant - first) * 2 / 3, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("clamp", [0.1, 1.0])
 def test_delta_stays_inside_the_clamp(clamp: float) -> None:
     """|delta| is never above clamp |v|."""
