@@ -89,10 +89,10 @@ def test_an_edit_that_changes_which_subject_is_read_is_rejected(
     name = Probe("A sentence about Tower:", "Tower", "Tower")
     resolved_edit = ResolvedEdit(request, RomeParameters(layers=(0,)), probe, [], [], name_probe=name)
     rewrite = ProbeResult.from_scores(make_score(1, [0.9], [True]), make_score(2, [0.1], [False]))
-    measured = [
+    was, now = (
         VersionMeasurement([rewrite], "", 2.0, set(), name=name_result(p or 1e-9)) for p in (before, after)
-    ]
-    result = evaluate_guard(resolved_edit, *measured, 1.0, {WeightRef(0): 0.5})
+    )
+    result = evaluate_guard(resolved_edit, was, now, 1.0, {WeightRef(0): 0.5})
     checks = {check.name: check for check in result.checks}
     assert (checks[CheckName.SUBJECT].passed if CheckName.SUBJECT in checks else None) == passed
     assert result.passed == (passed is not False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -159,7 +160,7 @@ def test_the_first_step_of_adam_moves_every_coordinate_by_the_rate() -> None:
 
 def test_the_learning_rate_falls_linearly() -> None:
     """With final_rate 0 the second of three steps has two thirds of the rate, and the first one all of it."""
-    options = {"learning_rate": 0.03, "clamp": 1e6}
+    options: dict[str, Any] = {"learning_rate": 0.03, "clamp": 1e6}
     first = optimize_value_with(tiny(), steps=2, **options).delta
     constant = optimize_value_with(tiny(), steps=3, **options).delta
     falling = optimize_value_with(tiny(), steps=3, final_rate=0.0, **options).delta
