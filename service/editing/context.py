@@ -340,7 +340,9 @@ def open_editor_context(
     chosen_recipe = (
         recipe
         or find_recipe(model, folder.parent / RECIPES_FOLDER if folder else None)
-        or default_recipe(model.model.config.model_type, model.num_layers)
+        or default_recipe(
+            model.model.config.model_type, model.num_layers, is_chat=model.chat_format is not None
+        )
     )
     return EditorContext(model, chosen_recipe, source, folder, facts or find_facts_file(model.path))
 

@@ -15,16 +15,20 @@ DEPTHS = {"gpt2": 1 / 3, "gpt_neox": 1 / 3}  # the best depth of an architecture
 OTHER_DEPTH = 1 / 6
 CANDIDATES = 6  # layers that the first edit tries
 VALUES = {"steps": 20, "learning_rate": 0.5, "contexts": 2}
+#: of a model with a chat template: without it an edit can change which subject a conversation is about
+CHAT_VALUES = {"restatement_weight": 0.5}
 
 
-def default_recipe(model_type: str, layers: int) -> Recipe:
+def default_recipe(model_type: str, layers: int, is_chat: bool = False) -> Recipe:
     """Return the recipe of a model of this architecture and depth."""
     candidates = layers_to_try(layers)
     expected = DEPTHS.get(model_type, OTHER_DEPTH) * layers
     layer = min(candidates, key=lambda candidate: abs(candidate - expected))
     return Recipe(
         source=f"default for {layers} layers; the first edit chooses one of layers {', '.join(map(str, candidates))}",
-        rome=RomeParameters.model_validate({"layers": (layer,), **VALUES}),
+        rome=RomeParameters.model_validate(
+            {"layers": (layer,), **VALUES, **(CHAT_VALUES if is_chat else {})}
+        ),
         candidate_layers=candidates if len(candidates) > 1 else (),
     )
 

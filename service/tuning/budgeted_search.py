@@ -28,7 +28,12 @@ from service.tuning.fact_trials import FactTrials
 from service.tuning.objective import Candidate
 from service.tuning.race_schedule import RaceSchedule, round_sizes
 from service.tuning.racing import Contender, Race, Rung, Trials, count_facts, plan_rungs, race_cost
-from service.tuning.recipe_search import NO_EDITABLE_LAYER, TuningResult, build_search_context
+from service.tuning.recipe_search import (
+    NO_EDITABLE_LAYER,
+    TuningResult,
+    build_search_context,
+    chat_values,
+)
 from service.tuning.search_space import JsonDict, Stage
 from service.tuning.time_budget import TimeBudget, run_until_end
 
@@ -62,11 +67,11 @@ class BudgetedSearch:
         facts: int,
         budget: TimeBudget,
         on_rung: OnRung = lambda _: None,
+        fixed_values: JsonDict | None = None,
     ) -> None:
         self.trials, self.budget, self._on_rung = trials, budget, on_rung
-        self.layer_candidates: list[JsonDict] = [
-            search_space.RACE_START_VALUES | {"layers": [x]} for x in layers
-        ]
+        self.start_values = search_space.RACE_START_VALUES | (fixed_values or {})
+        self.layer_candidates: list[JsonDict] = [self.start_values | {"layers": [x]} for x in layers]
         sizes = round_sizes(facts)
         costs = {size: self._round_cost(size, before) for before, size in pairwise([0, *sizes])}
         self.schedule = RaceSchedule(costs, budget)
@@ -131,7 +136,7 @@ class BudgetedSearch:
         self._on_rung(race)
 
     def _round_cost(self, facts: int, before: int) -> float:
-        values = [search_space.RACE_START_VALUES | change for change in search_space.RACE_VALUES]
+        values = [self.start_values | change for change in search_space.RACE_VALUES]
         races = ((Stage.LAYER, self.layer_candidates), (Stage.VALUES, values))
         return sum(
             race_cost(_plan_race(stage, len(candidates), facts, before), candidates, self.trials)
@@ -166,7 +171,7 @@ def tune_within_budget(
     layers = layers_to_race(model)
     history: list[Candidate] = []
     trials = FactTrials(search, budget.clock, history.append)
-    race = BudgetedSearch(trials, layers, len(records), budget, on_rung)
+    race = BudgetedSearch(trials, layers, len(records), budget, on_rung, chat_values(model))
     yield from run_until_end(race.execute(), budget)
     best = race.outcome.best
     if best is None:

@@ -20,6 +20,7 @@ from service.kit.steps import Phase, Progress, Stepper, report_as
 from service.methods.parameters import RomeParameters
 from service.methods.registry import METHODS
 from service.models.loading import LoadedModel
+from service.recipes.default import CHAT_VALUES
 from service.recipes.recipe import Recipe
 from service.tuning import search_space
 from service.tuning.objective import Candidate, SearchContext, evaluate_candidate
@@ -120,6 +121,11 @@ def build_search_context(
     return search
 
 
+def chat_values(model: LoadedModel) -> JsonDict:
+    """Return the hyperparameters that every candidate has because of the model's chat template."""
+    return dict(CHAT_VALUES) if model.chat_format is not None else {}
+
+
 def search_rome_values(
     search: SearchContext, on_candidate: OnCandidate
 ) -> Stepper[tuple[JsonDict, list[Candidate]]]:
@@ -127,7 +133,8 @@ def search_rome_values(
     stages = _StageRunner(search, "rome", on_candidate)
     count = search.replica.base.num_layers
     layers = candidate_layers(count)
-    best = yield from stages.run(Stage.LAYER, search_space.START_VALUES, [{"layers": [x]} for x in layers])
+    start = search_space.START_VALUES | chat_values(search.replica.base)
+    best = yield from stages.run(Stage.LAYER, start, [{"layers": [x]} for x in layers])
     if "layers" not in best:
         raise InvalidInput(NO_EDITABLE_LAYER, "facts")
     (layer,) = best["layers"]

@@ -35,3 +35,10 @@ def test_the_default_depth_is_that_of_the_architecture() -> None:
     """The default is a third of the depth in GPT-2 and a sixth in Llama, as published."""
     assert abs(default_recipe("gpt2", 48).rome.layers[0] - 17) <= 2
     assert abs(default_recipe("llama", 32).rome.layers[0] - 5) <= 2
+
+
+def test_edits_of_a_chat_model_keep_their_subject() -> None:
+    """The default of a model with a chat template has a restatement in the search; that of another one is as
+    published."""
+    assert default_recipe("llama", 32, is_chat=True).rome.restatement_weight > 0
+    assert default_recipe("llama", 32).rome.restatement_weight == 0
