@@ -168,8 +168,10 @@ def test_all_else_is_served_while_statistics_are_collected(
     harness = WorkerHarness(settings(folder, tmp_path, worker_timeout=2, **wiring)).open()
     try:
         edit = harness.edit()
-        wait_until(lambda: harness.services.edits.get(edit["id"])["progress"], "the edit to wait")
-        assert harness.services.edits.get(edit["id"])["progress"]["phase"] == "statistics"
+        wait_until(
+            lambda: (harness.services.edits.get(edit["id"])["progress"] or {}).get("phase") == "statistics",
+            "the edit to wait for the statistics",
+        )
         channel = harness.generate(prompt=PROMPT, max_new_tokens=4)
         assert len(harness.end_event(channel)["choices"][0]["tokens"]) == 4
         request = TraceRequest(subject="Eiffel Tower", prompt="The {} is in", samples=1)
