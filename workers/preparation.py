@@ -55,6 +55,10 @@ class Preparation:
             self._logged_at = time.monotonic()
             log.info("preparing", extra=progress.to_json())
 
+    def close(self) -> None:
+        """End the preparation where it is. Another worker, or the next start, continues from its checkpoints."""
+        self._context.queue.close()
+
     # the other side
 
     @property

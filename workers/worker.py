@@ -206,6 +206,7 @@ class Worker:
         try:
             self._serve_with_restarts(engine, worker_session, heartbeat, context)
         finally:
+            self.preparation.close()
             heartbeat.stop()
             self._deregister(worker_session)
 

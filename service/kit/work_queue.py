@@ -97,6 +97,11 @@ class WorkQueue:
             task.progress = outcome
             self._next_look_at = time.monotonic() + WAIT_INTERVAL if outcome.waiting else 0.0
 
+    def close(self) -> None:
+        """End all tasks where they are, so that they release what they hold, such as the lock of a folder."""
+        while self._tasks:
+            self._tasks.popleft().steps.close()
+
     def wait_for(self, task: Task[T]) -> Stepper[T]:
         """Return the result of a task once it has ended, or raise its error."""
         yield from self.wait_until(task, lambda: False)

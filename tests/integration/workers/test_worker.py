@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 
 from service.bootstrap import Container, build_container
 from service.covariance.collect import load_or_collect_statistics
@@ -390,6 +391,26 @@ def test_running_job_is_requeued_on_stop_and_done_later(folder: Path, tmp_path: 
         assert (ended["status"], ended["version"], ended["attempts"]) == ("applied", 1, 1)
     finally:
         harness.close()
+
+
+def test_a_stopped_worker_releases_the_lock_of_its_preparation(
+    folder: Path, tmp_path: Path, held_collection: threading.Event
+) -> None:
+    """A worker that stops while it collects statistics leaves no lock behind: the next one does not wait for its
+    silence."""
+    harness = WorkerHarness(settings(folder, tmp_path)).open()
+    preparation = harness.worker.preparation
+    assert preparation is not None
+    progress = Progress(Phase.STATISTICS, 1, 10)
+    wait_until(
+        lambda: replace(preparation.progress or progress, seconds_left=None) == progress, "the collection"
+    )
+    (lock,) = (tmp_path / "statistics").glob("preparing-*.lock")
+    with pytest.raises(Timeout):
+        FileLock(lock, timeout=0).acquire()
+    harness.close()
+    with FileLock(lock, timeout=0):
+        assert not lock.with_suffix(".progress").exists()
 
 
 def _has_ended(preparation: Preparation) -> bool:

@@ -73,3 +73,22 @@ def test_an_unexpected_error_becomes_one_that_says_what_failed() -> None:
     with pytest.raises(PreparationFailed, match="No space left on device") as caught:
         run_to_completion(queue.wait_for(task))
     assert "secret" not in caught.value.detail
+
+
+def test_a_closed_queue_releases_what_its_tasks_hold() -> None:
+    """The cleanup of a task runs when its queue is closed, and nothing is left to do."""
+    released: list[str] = []
+
+    def holding() -> Stepper[None]:
+        try:
+            yield Progress(Phase.CORPUS, 0, 1)
+        finally:
+            released.append("lock")
+
+    queue = WorkQueue()
+    queue.submit(holding())
+    queue.submit(computing([]))
+    queue.step()
+    queue.close()
+    assert released == ["lock"]
+    assert queue.progress is None and not queue.pending
