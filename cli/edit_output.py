@@ -50,11 +50,15 @@ def print_edit_result(edit: JobJson) -> None:
 
 
 def side_effect_lines(result: JobJson) -> Iterator[str]:
-    """Yield how many of the probes that the service found are right, and what else the edit changed."""
+    """Yield how many of the probes that the service found are right, whether the model still names the subject, and what
+    else the edit changed."""
     rewordings, neighbors = _found_probes(result, "paraphrase"), _found_probes(result, "neighborhood")
     if rewordings:
         follow = sum(map(_prefers_new, rewordings))
         yield f"paraphrases: the new object is the more probable one after {follow} of {len(rewordings)}"
+    if _judges_subject(result):
+        name = result["subject_name"]
+        yield f"subject: named with p {format_cell(name['before'])} before and {format_cell(name['after'])} after, in a restatement"
     side_effects = result.get("side_effects") or {}
     if neighbors:
         kept = side_effects["neighbors"] - side_effects["changed"]
@@ -64,6 +68,12 @@ def side_effect_lines(result: JobJson) -> Iterator[str]:
     for change in result.get("also_changed") or []:
         what = change["subject"] or change["prompt"]
         yield f"also changed: {what}: {change['before']} to {change['after'] or 'no answer'}"
+
+
+def _judges_subject(result: JobJson) -> bool:
+    """Whether the model named the subject before the edit, so that its name after it says something."""
+    checks = (result.get("guard") or {}).get("checks") or []
+    return any(check["name"] == "subject" for check in checks)
 
 
 def _found_probes(result: JobJson, kind: str) -> list[JobJson]:

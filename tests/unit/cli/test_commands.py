@@ -284,6 +284,18 @@ def test_edit_says_what_else_changed(fake: FakeService, capsys: Captured) -> Non
     assert "side effects: not measured (none were given)" in capsys.readouterr().out
 
 
+def test_edit_says_whether_the_subject_is_still_named(fake: FakeService, capsys: Captured) -> None:
+    """The probability of the subject's name is shown where the guard judges it."""
+    edit = edit_with_result("applied", version=7)
+    edit["result"]["subject_name"] = {"prompt": "A sentence about Louvre:", "before": 0.9, "after": 0.4}
+    line = "subject: named with p 0.900 before and 0.400 after"
+    for checks in ([], [{"name": "subject", "passed": True, "figure": 0.44, "limit": 0.2}]):
+        edit["result"]["guard"]["checks"] = checks
+        answer_edit_with(fake, edit)
+        assert main(EDIT) == 0
+        assert (line in capsys.readouterr().out) == bool(checks)
+
+
 @pytest.mark.parametrize(
     ("flags", "probes"),
     [
