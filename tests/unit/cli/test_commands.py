@@ -290,7 +290,7 @@ def test_edit_says_whether_the_subject_is_still_named(fake: FakeService, capsys:
     edit["result"]["subject_name"] = {"prompt": "A sentence about Louvre:", "before": 0.9, "after": 0.4}
     line = "subject: named with p 0.900 before and 0.400 after"
     for checks in ([], [{"name": "subject", "passed": True, "figure": 0.44, "limit": 0.2}]):
-        edit["result"]["guard"]["checks"] = checks
+        edit["result"]["guard"] = {"passed": True, "checks": checks}
         answer_edit_with(fake, edit)
         assert main(EDIT) == 0
         assert (line in capsys.readouterr().out) == bool(checks)
