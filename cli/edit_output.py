@@ -50,7 +50,7 @@ def print_edit_result(edit: JobJson) -> None:
 
 
 def side_effect_lines(result: JobJson) -> Iterator[str]:
-    """Yield how many of the found probes are right, whether the model still names the subject, and what else changed."""
+    """Yield how many found probes are right, whether the model still names the subject, and what else changed."""
     rewordings, neighbors = _found_probes(result, "paraphrase"), _found_probes(result, "neighborhood")
     if rewordings:
         follow = sum(map(_prefers_new, rewordings))
