@@ -105,7 +105,8 @@ def main() -> None:
         rows,
     )
     result = edit.get("result") or edit.get("error") or {}
-    report.add_note(f"The edit is {edit['status']}: {result.get('layer_search') or result.get('detail')}")
+    details = [str(result[key]) for key in ("layer_search", "detail") if result.get(key)]
+    report.add_note(": ".join([f"The edit is {edit['status']}", *details]) + ".")
     report.add_note(f"Load of the machine: {', '.join(f'{load:.1f}' for load in os.getloadavg())}.")
 
 
