@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
@@ -79,23 +80,29 @@ class PublicModelExperiment:
         self.hparams = json.loads(args.hparams) if args.hparams else None
         self.out = DirectoryStore(args.out)
 
+    def stored(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return a stored JSON value; compute and store a missing one."""
+        if (data := self.out.get(name)) is None:
+            data = json.dumps(compute()).encode()
+            self.out.put(name, data)
+        return json.loads(data)
+
     def known_records(self, records: Sequence[Record]) -> list[Record]:
         """Return the records of distinct subjects whose true object is the greedy answer."""
-        cached = self.out.get("known.json")
-        if cached is None:
-            usable = [r for r in records if r.target_true and record_fits(r, self.model.text_encoder)]
-            known: dict[str, Record] = {}
-            for start in track(range(0, len(usable), 32), "facts that the model knows", console=console):
-                batch = usable[start : start + 32]
-                pairs = [(r.text, str(r.target_true)) for r in batch]
-                scores = run_to_completion(score_targets(self.model, pairs))
-                for r, score in zip(batch, scores, strict=True):
-                    if score.is_greedy:
-                        known.setdefault(r.subject, r)
-            cached = json.dumps([r.name for r in known.values()]).encode()
-            self.out.put("known.json", cached)
         by_name = {r.name: r for r in records}
-        return [by_name[name] for name in json.loads(cached)]
+        return [by_name[name] for name in self.stored("known.json", lambda: self._known_names(records))]
+
+    def _known_names(self, records: Sequence[Record]) -> list[str]:
+        usable = [r for r in records if r.target_true and record_fits(r, self.model.text_encoder)]
+        known: dict[str, Record] = {}
+        for start in track(range(0, len(usable), 32), "facts that the model knows", console=console):
+            batch = usable[start : start + 32]
+            pairs = [(r.text, str(r.target_true)) for r in batch]
+            scores = run_to_completion(score_targets(self.model, pairs))
+            for r, score in zip(batch, scores, strict=True):
+                if score.is_greedy:
+                    known.setdefault(r.subject, r)
+        return [r.name for r in known.values()]
 
     def find_updates(self, record: Record, number: int) -> tuple[list[Any], float]:
         """Return the updates of an edit and the seconds of its search, from the store where it is there."""
@@ -166,27 +173,22 @@ def mean(values: Sequence[float]) -> float | None:
 
 def run_single(experiment: PublicModelExperiment, records: Sequence[Record]) -> list[dict[str, Any]]:
     """Return a row for each record, with its edit alone active."""
-    rows = []
-    for number, record in enumerate(track(records, "edits alone", console=console)):
-        name = f"alone-{number}.json"
-        if (stored := experiment.out.get(name)) is None:
-            before = base_says(experiment, record, number)
-            updates, seconds = experiment.find_updates(record, number)
-            weights = run_to_completion(experiment.replica.compose_weights_in_steps(updates))
-            row = experiment.measure(record, weights, before) | {"seconds": seconds, "record": record.name}
-            stored = json.dumps(row).encode()
-            experiment.out.put(name, stored)
-        rows.append(json.loads(stored))
-    return rows
+
+    def row(number: int, record: Record) -> dict[str, Any]:
+        before = base_says(experiment, record, number)
+        updates, seconds = experiment.find_updates(record, number)
+        weights = run_to_completion(experiment.replica.compose_weights_in_steps(updates))
+        return experiment.measure(record, weights, before) | {"seconds": seconds, "record": record.name}
+
+    return [
+        experiment.stored(f"alone-{number}.json", partial(row, number, record))
+        for number, record in enumerate(track(records, "edits alone", console=console))
+    ]
 
 
 def base_says(experiment: PublicModelExperiment, record: Record, number: int) -> Says:
     """Return what the base model says about a record."""
-    name = f"base-{number}.json"
-    if (stored := experiment.out.get(name)) is None:
-        stored = json.dumps(vars(experiment.says(record, {}))).encode()
-        experiment.out.put(name, stored)
-    return Says(**json.loads(stored))
+    return Says(**experiment.stored(f"base-{number}.json", lambda: vars(experiment.says(record, {}))))
 
 
 def run_active(
@@ -195,16 +197,14 @@ def run_active(
     """Return a row for each of the first `count` records, with their edits active together."""
     updates = [u for i, r in enumerate(records[:count]) for u in experiment.find_updates(r, i)[0]]
     weights = run_to_completion(experiment.replica.compose_weights_in_steps(updates))
-    rows = []
-    for number, record in enumerate(track(records[:count], f"{count} edits active", console=console)):
-        name = f"active-{count}-{number}.json"
-        if (stored := experiment.out.get(name)) is None:
-            stored = json.dumps(
-                experiment.measure(record, weights, base_says(experiment, record, number))
-            ).encode()
-            experiment.out.put(name, stored)
-        rows.append(json.loads(stored))
-    return rows
+
+    def row(number: int, record: Record) -> dict[str, Any]:
+        return experiment.measure(record, weights, base_says(experiment, record, number))
+
+    return [
+        experiment.stored(f"active-{count}-{number}.json", partial(row, number, record))
+        for number, record in enumerate(track(records[:count], f"{count} edits active", console=console))
+    ]
 
 
 COLUMNS = (

@@ -38,7 +38,7 @@ from service.editing.measure import (
     measure_baseline,
     require_other_answer,
 )
-from service.editing.probes import NO_OBJECT, Probe
+from service.editing.probes import NO_OBJECT, Probe, probe_fits
 from service.editing.restatement import name_prompt
 from service.editing.strengthen import Assessment, choose_strengths
 from service.engine.versioned_model import VersionedModel
@@ -425,11 +425,8 @@ def _name_probe(model: LoadedModel, request: EditRequest) -> Probe | None:
     """Return the probe of the subject's name in a restatement of the fact; None if that exceeds the context length."""
     prompt, separator = name_prompt(model, fill_prompt(request.prompt, request.subject))
     name = request.subject.strip()
-    try:
-        model.text_encoder.check(prompt, name, separator)
-    except InvalidInput:
-        return None
-    return Probe(prompt, name, name, separator=separator)
+    probe = Probe(prompt, name, name, separator=separator)
+    return probe if probe_fits(model, probe) else None
 
 
 def _given_paraphrases(request: EditRequest, rewrite: Probe) -> list[Probe]:

@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def command_line(folder: Path, *more: str) -> list[str]:
+def tune_command(folder: Path, *more: str) -> list[str]:
     given = [
         "--facts",
         folder / "facts.json",
@@ -45,21 +45,15 @@ def command_line(folder: Path, *more: str) -> list[str]:
         "--corpus",
         folder / "texts.txt",
     ]
-    words = ["tune", folder / "model", *given, "--limit", "10", "--batch-facts", "10", *more]
-    return [str(word) for word in words]
+    return [str(word) for word in ["tune", folder / "model", *given, *more]]
+
+
+def command_line(folder: Path, *more: str) -> list[str]:
+    return tune_command(folder, "--limit", "10", "--batch-facts", "10", *more)
 
 
 def within_minutes(folder: Path, minutes: str, *more: str) -> list[str]:
-    given = [
-        "--facts",
-        folder / "facts.json",
-        "--data-dir",
-        folder / "data",
-        "--corpus",
-        folder / "texts.txt",
-    ]
-    words = ["tune", folder / "model", *given, "--limit", "4", "--minutes", minutes, *more]
-    return [str(word) for word in words]
+    return tune_command(folder, "--limit", "4", "--minutes", minutes, *more)
 
 
 def known_records(_model: Any, records: list[Any], limit: int) -> Stepper[list[Any]]:

@@ -198,7 +198,7 @@ def test_subjects_are_ordered_by_the_response_of_their_keys(facts: Path) -> None
     assert response.rank_edits(associations)[:10] == expected[:10]
 
 
-def test_the_search_is_a_series_of_short_steps(facts: Path) -> None:
+def test_the_search_for_probes_yields_in_short_steps(facts: Path) -> None:
     """The search yields after each forward pass, and the base weights are in place in between."""
     context = context_for(facts)
     request = EditRequest.model_validate({"subject": "Eiffel Tower", "prompt": PROMPT, "target_new": "Rome"})

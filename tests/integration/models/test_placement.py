@@ -176,7 +176,7 @@ def test_versions_have_the_bytes_of_one_device(model_type: str) -> None:
 
 
 def test_operation_on_two_devices_fails() -> None:
-    """The devices of these tests are told apart."""
+    """An operation on tensors of two fake devices fails."""
     one, other = torch.ones(2, device=MAIN), torch.ones(2, device=SECOND)
     assert one.device == MAIN and one.to(SECOND).device == SECOND
     with pytest.raises(RuntimeError, match="tensors on"):

@@ -84,10 +84,10 @@ def test_interrupted_run_continues_with_the_same_figures(tmp_path: Path) -> None
     store = DirectoryStore(tmp_path)
     steps_until_end = iter(range(60))
 
-    def count_steps() -> float:
+    def step_count() -> float:
         return float(next(steps_until_end, 1000))
 
-    tune(model, store, TimeBudget(100, count_steps))
+    tune(model, store, TimeBudget(100, step_count))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert before
     found = tune(model, store, TimeBudget(math.inf, clock))

@@ -32,7 +32,7 @@ def test_candidates_are_halved_and_facts_are_doubled() -> None:
 
 
 @pytest.mark.parametrize("candidates", [1, 2])
-def test_few_candidates_are_measured_on_all_facts_with_all_steps(candidates: int) -> None:
+def test_a_race_of_few_candidates_uses_all_facts_and_steps(candidates: int) -> None:
     """One or two candidates need no rung before the last one."""
     assert plan_rungs(candidates, 4, few_steps=True) == [Rung(candidates, 4, 1.0, 4 * candidates)]
 
