@@ -1,12 +1,13 @@
 """Edits of facts that a public chat model knows: by probability and by what it says, in completion and in chat.
 
     palimpsest fetch smollm2-135m
-    python bench/public_model.py --records counterfact.json --out runs/public_model
+    python bench/public_model.py --records counterfact.json known_facts.json facts.jsonl --facts 150 --active 10 50 100
     python bench/public_model.py --records counterfact.json --hparams '{"restatement_weight": 0}' --out runs/without
 
-Facts are the records whose true object the model says greedily, one for each subject. Those at even places are for
-choosing hyperparameters (`--half even`), those at odd places are reported. Results are stored in --out after each fact,
-and an interrupted run resumes. `--active` measures the same edits when many are active together.
+Facts are the records whose true object the model says greedily, one for each subject, in an order drawn from their
+names. Those at even places are for choosing hyperparameters (`--half even`), those at odd places are reported. Results
+are stored in --out after each fact, and an interrupted run resumes. `--active` measures the same edits when many are
+active together.
 
 In the columns "says", a greedy continuation must begin with the new object, for paraphrases and chat it must contain
 it within 16 tokens. "chat" is the share of conversations whose answer has the new object and the subject, "other
@@ -22,6 +23,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
@@ -101,8 +103,8 @@ class PublicModelExperiment:
             scores = run_to_completion(score_targets(self.model, pairs))
             for r, score in zip(batch, scores, strict=True):
                 if score.is_greedy:
-                    known.setdefault(r.subject, r)
-        return [r.name for r in known.values()]
+                    known.setdefault(r.subject.casefold(), r)
+        return sorted((r.name for r in known.values()), key=lambda name: sha256(name.encode()).digest())
 
     def find_updates(self, record: Record, number: int) -> tuple[list[Any], float]:
         """Return the updates of an edit and the seconds of its search, from the store where it is there."""

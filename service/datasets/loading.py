@@ -1,7 +1,7 @@
 """Records from a file or a list, in any of the supported formats.
 
 A format is recognised by a field that only its rows have: CounterFact, CounterFact in EasyEdit's flat form, zsRE in
-MEND's form, the `facts.jsonl` of a model's folder, and records that users write themselves. An error names the record
+MEND's form, the `facts.jsonl` of a model's folder, the ROME paper's known facts, and records that users write themselves. An error names the record
 and what to change.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 
 from service.datasets.counterfact import parse_counterfact, parse_flat_counterfact
 from service.datasets.fact_table import build_fact_records
+from service.datasets.known_facts import parse_known_facts
 from service.datasets.parsing import SKIP_DESCRIPTIONS, Parser, SkipReason, row_parser
 from service.datasets.record import Record
 from service.datasets.user_records import parse_user_record
@@ -30,6 +31,7 @@ class RecordFormat(StrEnum):
     COUNTERFACT_FLAT = "counterfact_flat"
     ZSRE = "zsre"
     FACTS = "facts"
+    KNOWN_FACTS = "known_facts"
     USER = "user"
 
 
@@ -38,6 +40,7 @@ PARSERS: dict[RecordFormat, Parser] = {
     RecordFormat.COUNTERFACT_FLAT: row_parser(parse_flat_counterfact),
     RecordFormat.ZSRE: row_parser(parse_zsre),
     RecordFormat.FACTS: build_fact_records,
+    RecordFormat.KNOWN_FACTS: parse_known_facts,
     RecordFormat.USER: row_parser(parse_user_record),
 }
 #: format -> a field that its rows have and rows of the formats below it do not have
@@ -46,6 +49,7 @@ IDENTIFYING_FIELDS = {
     RecordFormat.COUNTERFACT_FLAT: "ground_truth",
     RecordFormat.ZSRE: "src",
     RecordFormat.FACTS: "held_out_prompts",
+    RecordFormat.KNOWN_FACTS: "attribute",
     RecordFormat.USER: "target_new",
 }
 
@@ -108,6 +112,6 @@ def detect_format(row: Any) -> RecordFormat:
             return record_format
     raise InvalidInput(
         "the format of the first record is unknown: give objects with `subject`, `prompt` and `target_new`, or unchanged "
-        "records of CounterFact, zsRE or facts.jsonl.",
+        "records of CounterFact, zsRE, known facts or facts.jsonl.",
         "records",
     )

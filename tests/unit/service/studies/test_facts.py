@@ -55,9 +55,12 @@ def test_seed_determines_the_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([{"subject": "x", "attribute": "y"}], "known fact 1 lacks 'template'"),
+        (
+            [{"subject": "x", "attribute": "y"}],
+            "known fact 1 is not a known-facts record: `template` is missing",
+        ),
         ([KNOWN | {"prompt": "It is in"}], "known fact 1: the subject 'Vinson Massif' does not occur"),
-        ([KNOWN, 5], "known fact 2 lacks"),
+        ([KNOWN, 5], "known fact 2 is not a known-facts record"),
         ([{"subject": "a", "prompt": "{} is", "target_new": "b"}], "has a true object"),
         ([], "no records"),
     ],
