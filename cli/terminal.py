@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from service.kit.time_estimate import TimeEstimate
+
+LINE_INTERVAL = 10.0  # seconds between two lines of progress
 DEFAULT_WIDTH = 160  # columns when stdout is not a terminal
 EMPTY_CELL = "–"
 
@@ -54,32 +58,49 @@ def strip_control_chars(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
-class ProgressBar:
-    """A progress bar that shows the current phase."""
+class PeriodicLines:
+    """Prints at most one line in an interval."""
+
+    def __init__(self, interval: float) -> None:
+        self._interval = interval
+        self._printed_at = time.monotonic()
+
+    def print(self, line: str) -> None:
+        """Print a line if the interval since the last one, or since the start, is over."""
+        if time.monotonic() - self._printed_at >= self._interval:
+            self._printed_at = time.monotonic()
+            err.print(line)
+
+
+class ProgressDisplay:
+    """The current phase with the time that is left: as a bar, or as a line from time to time without a terminal."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
+        self._lines = PeriodicLines(LINE_INTERVAL)
         self._task: TaskID | None = None
         self._phase = ""
+        self._estimate = TimeEstimate()
 
     def update(self, phase: str, done: int, total: int, seconds_left: float | None = None) -> None:
-        """Show a phase, with an estimate of the time that is left where there is one."""
+        """Show a phase. Without an estimate of the whole, the time left in the phase is estimated."""
+        phase = strip_control_chars(phase)
         if self._task is None or phase != self._phase:
             if self._task is not None:
                 self._progress.remove_task(self._task)
-            self._task, self._phase = (
-                self._progress.add_task(strip_control_chars(phase), total=total or None),
-                phase,
-            )
+            self._task, self._phase = self._progress.add_task(phase, total=total or None), phase
+            self._estimate = TimeEstimate()
+        if seconds_left is None and total:
+            seconds_left = self._estimate.seconds_left(done / total)
         note = "" if seconds_left is None else f", about {format_seconds(seconds_left)} left"
-        self._progress.update(
-            self._task, description=strip_control_chars(phase) + note, completed=done, total=total or None
-        )
+        self._progress.update(self._task, description=phase + note, completed=done, total=total or None)
+        if self._progress.disable:
+            self._lines.print(f"{phase}: {done} of {total}{note}" if total else phase)
 
 
 @contextmanager
-def progress_bar() -> Iterator[ProgressBar]:
-    """Show a progress bar on stderr and remove it at the end; show nothing if stderr is not a terminal."""
+def progress_bar() -> Iterator[ProgressDisplay]:
+    """Show progress on stderr: a bar that is removed at the end, or lines if stderr is not a terminal."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -88,7 +109,7 @@ def progress_bar() -> Iterator[ProgressBar]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        yield ProgressBar(progress)
+        yield ProgressDisplay(progress)
 
 
 @contextmanager

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cli.local_model import missing_dependency_error
-from cli.terminal import err, format_seconds, progress_bar
+from cli.terminal import err, progress_bar
 from service.bootstrap import Container
 from service.errors import PalimpsestError
 from service.kit.garbage import exclude_from_collection
-from service.kit.steps import Progress
 from service.settings import Settings
 
 if TYPE_CHECKING:
     from workers.worker import Worker
 
 POLL_INTERVAL = 0.1  # seconds between two checks of the worker
-PRINT_INTERVAL = 10.0  # seconds between two lines about the preparation
 
 
 def make_worker(settings: Settings, container: Container) -> Worker:
@@ -79,34 +76,13 @@ def show_preparation(worker: Worker, thread: threading.Thread, stop: threading.E
     if preparation is None or preparation.progress is None:
         return
     err.print("Collecting statistics of keys in the background; edits wait for them, all else is served.")
-    lines = PeriodicLines(print_interval=PRINT_INTERVAL, shown=not err.is_terminal)
     with progress_bar() as display:
         while progress := preparation.progress:
             display.update(progress.label, progress.done, progress.total, progress.seconds_left)
-            lines.print(f"preparing: {describe_progress(progress)}, {progress.done} of {progress.total}")
             if not thread.is_alive() or stop.wait(POLL_INTERVAL):
                 return
     failed = preparation.error
     err.print(f"The preparation failed: {failed}" if failed else "The statistics are ready.")
-
-
-def describe_progress(progress: Progress) -> str:
-    """Return the phase, with the time left where there is an estimate."""
-    left = progress.seconds_left
-    return progress.label if left is None else f"{progress.label}, about {format_seconds(left)} left"
-
-
-class PeriodicLines:
-    """Prints at most one line in an interval, where there is no terminal for a progress bar."""
-
-    def __init__(self, print_interval: float, shown: bool) -> None:
-        self._interval, self._shown = print_interval, shown
-        self._printed_at = time.monotonic()
-
-    def print(self, line: str) -> None:
-        if self._shown and time.monotonic() - self._printed_at >= self._interval:
-            self._printed_at = time.monotonic()
-            err.print(line)
 
 
 def report_worker_exit(worker: Worker) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable
 from io import StringIO
 
@@ -10,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import cli.terminal
+from cli import terminal
 from cli.terminal import format_cell, format_list, probability_bar, strip_control_chars, table, truncate
 
 
@@ -126,3 +129,24 @@ def test_a_table_keeps_its_numbers_whole(screen: Callable[[int], None]) -> None:
     assert max(map(len, lines)) <= 40
     assert sum("0.123" in line and "1234" in line for line in lines) == 5
     assert [line.split() for line in lines[:3]] == [["rise", "S"], ["of", "at"], ["tried", "loss", "once"]]
+
+
+def test_progress_without_a_terminal_is_a_line_from_time_to_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A log gets the phase, the number of parts and the estimated time left, at most once in an interval."""
+    clock = iter(range(0, 10_000, 3))  # each look at the clock is three seconds later
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    with terminal.progress_bar() as display:
+        for done in range(12):
+            display.update("edits", done, 12)
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) < 12
+    assert all(re.fullmatch(r"edits: \d+ of 12, about \d+ s left", line) for line in lines)
+
+
+def test_quick_progress_without_a_terminal_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Work that ends within the interval leaves no line."""
+    with terminal.progress_bar() as display:
+        display.update("edits", 1, 2)
+    assert capsys.readouterr().err == ""
