@@ -9,11 +9,13 @@ names. Those at even places are for choosing hyperparameters (`--half even`), th
 are stored in --out after each fact, and an interrupted run resumes. `--active` measures the same edits when many are
 active together.
 
-In the columns "says", a greedy continuation must begin with the new object, for paraphrases and chat it must contain
-it within 16 tokens. "chat" is the share of conversations whose answer has the new object and the subject, "other
-subject" of those that have the new object without the subject. The questions are the statement by itself, the same as a
-sentence to finish and as a question, and each paraphrase; the search uses none of them. "neighbors" is the share whose
-greedy answer stays the same.
+As the service does, an edit is raised to its next strength until it takes effect. In the columns "says", a greedy
+continuation must begin with the new object, for paraphrases and chat it must contain it within 24 tokens. "chat" is the
+share of conversations whose answer has the new object and the subject, "other subject" of those that have the new
+object without the subject. The questions are the statement by itself, the same as a sentence to finish and as a
+question, and each paraphrase; the search uses none of them. Much of what a small model says there answers nothing,
+edited or not: "of known" counts only the paraphrases and questions to which the base model gives the true object.
+"neighbors" is the share whose greedy answer stays the same.
 """
 
 from __future__ import annotations
@@ -41,19 +43,23 @@ from service.editing.context import EditInput, build_editor_context
 from service.editing.greedy_text import generate_greedy
 from service.engine.versioned_model import EmptyLedger, VersionedModel, WeightOverrides
 from service.evaluation.measuring import score_records
+from service.evaluation.strengths import choose_group_strengths, choose_strength_alone
 from service.kit.answer import answer_object
 from service.kit.artifact_store import DirectoryStore
 from service.kit.steps import run_to_completion
-from service.kit.text import begins_with, fill_prompt
+from service.kit.text import begins_with, fill_prompt, mentions
 from service.models.scoring import score_targets
+from service.recipes.recipe import resolve_hparams
+from service.recipes.strength_schedule import StrengthSchedule, strength_schedule
 from service.scores.scores import harmonic_mean
 from service.settings import Settings
-from service.weights.factors import deserialize_updates, serialize_updates
+from service.weights.factors import EditUpdate, deserialize_updates, serialize_updates
 from workers.resident_model import load_served_model
 
-ANSWER_TOKENS = 16
+ANSWER_TOKENS = 24
 NEIGHBORS = 4  # of a record whose greedy answers are compared
 PARAPHRASES = 2
+GROUP_SIZE = 10  # edits that become active together
 QUESTIONS = ("{}", "Finish the sentence: {}", "What comes next? {}")
 console = Console(width=150)
 
@@ -106,7 +112,7 @@ class PublicModelExperiment:
                     known.setdefault(r.subject.casefold(), r)
         return sorted((r.name for r in known.values()), key=lambda name: sha256(name.encode()).digest())
 
-    def find_updates(self, record: Record, number: int) -> tuple[list[Any], float]:
+    def find_updates(self, record: Record, number: int) -> tuple[list[EditUpdate], float]:
         """Return the updates of an edit and the seconds of its search, from the store where it is there."""
         name = f"edit-{number}.safetensors"
         edit = f"{number:06}"
@@ -121,6 +127,34 @@ class PublicModelExperiment:
             stored = serialize_updates(factors.updates)
             self.out.put(name, stored)
         return deserialize_updates(stored, edit, record.subject), seconds
+
+    def choose_strength(self, record: Record, updates: Sequence[EditUpdate]) -> float:
+        """Return the strength that the service chooses for an edit alone."""
+        return run_to_completion(
+            choose_strength_alone(self.replica, record, updates, self.schedule(1))
+        ).strength
+
+    def choose_strengths(
+        self, records: Sequence[Record], groups: Sequence[Sequence[EditUpdate]]
+    ) -> list[float]:
+        """Return the strengths that the service chooses for edits that are posted together, GROUP_SIZE at a time."""
+        strengths: list[float] = []
+        active: list[EditUpdate] = []
+        for start in range(0, len(records), GROUP_SIZE):
+            group = groups[start : start + GROUP_SIZE]
+            chosen = run_to_completion(
+                choose_group_strengths(
+                    self.replica, records[start : start + GROUP_SIZE], group, active, start, self.schedule
+                )
+            )
+            strengths += chosen
+            active += [u.scaled(s) for updates, s in zip(group, chosen, strict=True) for u in updates]
+        return strengths
+
+    def schedule(self, active: int) -> StrengthSchedule:
+        """Return the schedule of strengths with a number of active edits."""
+        parameters = resolve_hparams(self.context.recipe, self.hparams, self.model.num_layers, "rome")
+        return strength_schedule(parameters, parameters.strengths, active, self.model.intermediate_size)
 
     def says(self, record: Record, weights: WeightOverrides) -> Says:
         """Return the greedy texts of a version about a record."""
@@ -148,15 +182,19 @@ class PublicModelExperiment:
         (scores,) = run_to_completion(score_records(self.replica, [record], weights))
         row: dict[str, Any] = {k: v for k, v in scores.measures().items() if k in ("ES", "PS", "NS")}
         after = self.says(record, weights)
-        new, subject = record.target_new.casefold(), record.subject.casefold()
-        has_new = [new in text.casefold() for text in after.chat]
-        has_subject = [subject in text.casefold() for text in after.chat]
+        new, true, subject = record.target_new, str(record.target_true), record.subject
+        paraphrases = [mentions(text, new) for text in after.paraphrases]
+        has_new = [mentions(text, new) for text in after.chat]
+        has_subject = [mentions(text, subject) for text in after.chat]
+        chat = [a and b for a, b in zip(has_new, has_subject, strict=True)]
         row |= {
             "says": float(begins_with(after.own.strip(), record.target_new)),
-            "says paraphrase": mean([new in text.casefold() for text in after.paraphrases]),
-            "chat": mean([a and b for a, b in zip(has_new, has_subject, strict=True)]),
+            "says paraphrase": mean(paraphrases),
+            "says paraphrase, of known": mean(select(paraphrases, before.paraphrases, true)),
+            "chat": mean(chat),
+            "chat, of known": mean(select(chat, before.chat, true)),
             "chat, other subject": mean([a and not b for a, b in zip(has_new, has_subject, strict=True)]),
-            "description": float(subject in after.description.casefold()),
+            "description": float(mentions(after.description, subject)),
             "neighbors": mean(
                 [
                     begins_with(now.strip(), answer_object(was, complete=False))
@@ -166,6 +204,12 @@ class PublicModelExperiment:
             "texts": vars(after),
         }
         return row
+
+
+def select(outcomes: Sequence[bool], texts_before: Sequence[str], true_object: str) -> list[bool]:
+    """Return the outcomes where the text of the base model has the true object."""
+    pairs = zip(outcomes, texts_before, strict=True)
+    return [outcome for outcome, text in pairs if mentions(text, true_object)]
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -179,8 +223,10 @@ def run_single(experiment: PublicModelExperiment, records: Sequence[Record]) -> 
     def row(number: int, record: Record) -> dict[str, Any]:
         before = base_says(experiment, record, number)
         updates, seconds = experiment.find_updates(record, number)
-        weights = run_to_completion(experiment.replica.compose_weights_in_steps(updates))
-        return experiment.measure(record, weights, before) | {"seconds": seconds, "record": record.name}
+        strength = experiment.choose_strength(record, updates)
+        weights = experiment.replica.compose_weights(u.scaled(strength) for u in updates)
+        about = {"seconds": seconds, "strength": strength, "record": record.name}
+        return experiment.measure(record, weights, before) | about
 
     return [
         experiment.stored(f"alone-{number}.json", partial(row, number, record))
@@ -197,8 +243,12 @@ def run_active(
     experiment: PublicModelExperiment, records: Sequence[Record], count: int
 ) -> list[dict[str, Any]]:
     """Return a row for each of the first `count` records, with their edits active together."""
-    updates = [u for i, r in enumerate(records[:count]) for u in experiment.find_updates(r, i)[0]]
-    weights = run_to_completion(experiment.replica.compose_weights_in_steps(updates))
+    groups = [experiment.find_updates(r, i)[0] for i, r in enumerate(records[:count])]
+    strengths = experiment.stored(
+        f"strengths-{count}.json", lambda: experiment.choose_strengths(records[:count], groups)
+    )
+    scaled = [u.scaled(s) for updates, s in zip(groups, strengths, strict=True) for u in updates]
+    weights = experiment.replica.compose_weights(scaled)
 
     def row(number: int, record: Record) -> dict[str, Any]:
         return experiment.measure(record, weights, base_says(experiment, record, number))
@@ -215,7 +265,9 @@ COLUMNS = (
     "NS",
     "says",
     "says paraphrase",
+    "says paraphrase, of known",
     "chat",
+    "chat, of known",
     "chat, other subject",
     "description",
     "neighbors",
