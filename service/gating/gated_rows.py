@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from service.gating.gate_space import GateSpace
-from service.weights.factors import GatedAssociation
+from service.weights.factors import Association, Gate
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,8 @@ class GatedRows:
         subject = self.subjects[self.owners[nearest[tokens]]]
         acts = subject[:, None] == self.subjects[None, :]  # (tokens, n)
         if not forced:
-            open_keys = scores[tokens] > 0
-            is_open = torch.zeros_like(acts, dtype=torch.int8)
-            is_open.index_reduce_(1, self.owners, open_keys.to(torch.int8), "amax")
-            acts &= is_open.bool()
+            open_keys = (scores[tokens] > 0).float()
+            acts &= torch.zeros(acts.shape, device=acts.device).index_add_(1, self.owners, open_keys) > 0
         token, association = acts.nonzero(as_tuple=True)
         response = (self.directions[association] * keys[tokens[token]].float()).sum(1)
         if limited:
@@ -93,17 +91,25 @@ class GatedRows:
         return change.index_add(0, tokens[token], response[:, None] * self.values[association])
 
 
-def build_gated_rows(space: GateSpace, associations: Sequence[GatedAssociation]) -> GatedRows:
-    """Return the rows of one layer for its active associations, in the order of their edits' ids."""
+def build_gated_rows(space: GateSpace, associations: Sequence[Association]) -> GatedRows:
+    """Return the rows of one layer for its active gated associations, in the order of their edits' ids."""
     ordered = sorted(associations, key=lambda a: a.edit)
+    gates = [_gate_in(space, a) for a in ordered]
     number_of_subject = {subject: i for i, subject in enumerate(sorted({a.subject for a in ordered}))}
-    owners = [i for i, a in enumerate(ordered) for _ in a.gate.keys]
+    owners = [i for i, gate in enumerate(gates) for _ in gate.keys]
     return GatedRows(
         space,
-        torch.cat([a.gate.keys for a in ordered]),
+        torch.cat([gate.keys for gate in gates]),
         torch.tensor(owners),
-        torch.tensor([ordered[i].gate.threshold for i in owners]),
+        torch.tensor([gates[i].threshold for i in owners]),
         torch.tensor([number_of_subject[a.subject] for a in ordered]),
         torch.stack([a.response_direction() for a in ordered]),
-        torch.stack([a.association.value.float() for a in ordered]),
+        torch.stack([a.value.float() for a in ordered]),
     )
+
+
+def _gate_in(space: GateSpace, association: Association) -> Gate:
+    """Return the gate of an association. Raise ValueError if it is not of this space."""
+    if association.gate is None or association.gate.space != space.digest:
+        raise ValueError(f"the association of edit {association.edit} has no gate in this space")
+    return association.gate

@@ -8,7 +8,7 @@ weights of a version.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -46,8 +46,21 @@ JOINT = SolveMode()
 
 
 @dataclass(frozen=True)
+class Gate:
+    """Where a gated association acts: at keys whose cosine in the gate space with one of its own exceeds a threshold
+    (`service/gating/gated_rows.py`)."""
+
+    space: str  #: digest of the gate space
+    keys: Tensor = field(repr=False)  #: its keys in the gate space, (m, r) in fp32, of norm 1
+    threshold: float
+
+
+@dataclass(frozen=True)
 class Association:
-    """One key and the change of value at it, at one layer, computed on the base model."""
+    """One key and the change of value at it, at one layer, computed on the base model.
+
+    Without a gate it is solved into the weight together with the others of its layer. With a gate it is looked up.
+    """
 
     edit: str  #: id of the edit; updates are sorted by it
     subject: str
@@ -56,6 +69,7 @@ class Association:
     direction: Tensor = field(repr=False)  #: C^-1 k (D,); AlphaEdit: P k
     value: Tensor = field(repr=False)  #: delta (d,): the change of the down-projection's output at k
     solve_mode: SolveMode = JOINT
+    gate: Gate | None = None
 
     @property
     def weight_ref(self) -> WeightRef:
@@ -64,6 +78,12 @@ class Association:
     def scaled(self, strength: float) -> Association:
         """Return the association with its change of value multiplied by `strength`."""
         return replace(self, value=self.value * strength)
+
+    def response_direction(self) -> Tensor:
+        """Return C^-1 k / (k^T C^-1 k), (D,) in fp32: its product with a key is the share of the change there."""
+        direction = self.direction.double()
+        own = self.key.double() @ direction
+        return (direction / own if own else torch.zeros_like(direction)).float()
 
     def rank_one(self) -> LowRank:
         """Return the update of the association alone: delta (C^-1 k)^T / (k^T C^-1 k + ridge); ROME (Meng et al.
@@ -133,8 +153,8 @@ def column_slices(matrix: Tensor) -> list[slice]:
 def serialize_updates(updates: Sequence[EditUpdate]) -> bytes:
     """Return the updates of one edit as a safetensors file.
 
-    An association stores its key, direction and value, the rank-one factors of the association alone, and its solve
-    mode unless that is "joint". A dense update stores the change of its weight. All tensors are fp32.
+    An association stores its key, direction and value, the rank-one factors of the association alone, its solve mode
+    unless that is "joint", and its gate if it has one. A dense update stores the change of its weight. Tensors are fp32.
     """
     tensors: dict[str, Tensor] = {}
     for update in updates:
@@ -158,7 +178,19 @@ def _association_tensors(a: Association) -> dict[str, Tensor]:
         tensors[f"{prefix}.form.{a.solve_mode.name}"] = torch.tensor(
             [a.solve_mode.ridge], dtype=torch.float64
         )
+    if a.gate is not None:
+        tensors[f"{prefix}.gate.keys"] = a.gate.keys.float()
+        tensors[f"{prefix}.gate.threshold"] = torch.tensor([a.gate.threshold], dtype=torch.float32)
+        tensors[f"{prefix}.gate.space"] = torch.frombuffer(bytearray.fromhex(a.gate.space), dtype=torch.uint8)
     return tensors
+
+
+def _read_gate(tensors: Mapping[str, Tensor], layer: int) -> Gate | None:
+    prefix = f"layer.{layer}.gate"
+    if f"{prefix}.keys" not in tensors:
+        return None
+    space = bytes(tensors[f"{prefix}.space"].tolist()).hex()
+    return Gate(space, tensors[f"{prefix}.keys"], float(tensors[f"{prefix}.threshold"]))
 
 
 def _dense_update_tensors(a: DenseUpdate) -> dict[str, Tensor]:
@@ -184,6 +216,7 @@ def deserialize_updates(data: bytes, edit: str, subject: str) -> list[EditUpdate
             tensors[f"layer.{x}.direction"],
             tensors[f"layer.{x}.value"],
             modes.get(x, JOINT),
+            _read_gate(tensors, x),
         )
         for x in layers
     ]
