@@ -108,7 +108,7 @@ class ValueSearchCache:
         key = (
             self.model.fingerprint,
             delta_site,
-            [t.ids for t in spec.tokenized.texts()],
+            [(t.ids, t.edited_index) for t in spec.tokenized.texts()],
             spec.tokenized.targets,
             optimization,
             weights,

@@ -97,8 +97,8 @@ class TokenCost:
 def edit_bound(cost: TokenCost, rows: TokenizedContexts, layer: int, steps: int) -> int:
     """Return a lower bound for an edit of one layer with `steps` forward and `steps - 1` backward passes (ROME, Eq. 4).
 
-    Once: all tokens up to the edited layer, and above it the tokens before the subject's last. In every pass: the other
-    tokens above the edited layer. A backward pass is counted as a forward pass.
+    Once: all tokens up to the edited layer, and above it the tokens before the subject's edited one. In every pass: the
+    other tokens above the edited layer. A backward pass is counted as a forward pass.
     """
     above = cost.layers - 1 - layer
     read_counts = [
@@ -107,7 +107,7 @@ def edit_bound(cost: TokenCost, rows: TokenizedContexts, layer: int, steps: int)
     ]  # 1 for the KL reference text, if it is a separate row
     fixed, per_pass = 0, (cost.head if rows.kl_reference_row == 0 else 0)
     for text, n in zip(rows.texts(), read_counts, strict=False):
-        size, before = len(text.ids), text.last_subject_index
+        size, before = len(text.ids), text.edited_index
         fixed += (layer + 1) * cost.block_span(0, size)
         if above:
             fixed += (above - 1) * cost.block_span(0, before) + before * cost.key_value

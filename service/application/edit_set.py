@@ -33,7 +33,8 @@ MAX_EDITS = 1000  #: edits in one file
 MAX_HEADER = 16_000_000  #: bytes of the header of a file, which describes its edits
 #: fields of a ledger entry's body that an export takes; the others come from the request or the importing service
 PROVENANCE_FIELDS = (
-    "method", "objective", "hparams", "strength", "resolved_true", "resolved_separator", "statistics", "corpus", "dtype", "device", "libraries",
+    "method", "objective", "hparams", "strength", "resolved_true", "resolved_separator", "subject_token",
+    "statistics", "corpus", "dtype", "device", "libraries",
 )  # fmt: skip
 _FILE_LABEL = "the file"
 _CHUNK = 1_000_000  # bytes of a file that are read at once
@@ -46,6 +47,13 @@ class _FileModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class SubjectTokenLabel(_FileModel):
+    """The edited token of the subject, by its position in the prompt."""
+
+    position: int = Field(ge=0)
+    text: str = Field(max_length=1000)
+
+
 class EditProvenance(_FileModel):
     """How an edit was computed, as recorded in its ledger."""
 
@@ -55,6 +63,7 @@ class EditProvenance(_FileModel):
     strength: float = Field(gt=0, le=100)
     resolved_true: str = Field(max_length=500)
     resolved_separator: Separator | None = None  # None in files from before it was recorded
+    subject_token: SubjectTokenLabel | None = None
     statistics: Labels
     corpus: str = Field(max_length=1000)
     dtype: str = Field(max_length=32)
@@ -166,7 +175,9 @@ def build_edit_set(
                 request=EditRequest.model_validate(
                     {k: v for k, v in requests[e.edit_id].items() if k != "origin"}
                 ),
-                provenance=EditProvenance(**{name: e.body[name] for name in PROVENANCE_FIELDS}),
+                provenance=EditProvenance(
+                    **{name: e.body[name] for name in PROVENANCE_FIELDS if name in e.body}
+                ),
                 factors_sha256=str(e.body["factors_sha256"]),
             )
             for e in active

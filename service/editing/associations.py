@@ -2,7 +2,7 @@
 
 No weight of the model is changed: the result is a list of associations, one for each edited layer.
 
-One layer (ROME, Meng et al. 2022): k* is the mean key of the subject's last token over the contexts. v* is the MLP's
+One layer (ROME, Meng et al. 2022): k* is the mean key of the subject's edited token over the contexts. v* is the MLP's
 output at the bare prompt plus the optimized delta. The change of value is v* - W k*, measured with the same averaged
 key (r-ROME, Gupta et al. 2024), so that the edited layer maps k* exactly to v* (`anchor="bare"`). With `anchor="own"`
 the change is delta: each text keeps its own value and delta is added to it, as during the optimization. With
@@ -30,6 +30,7 @@ from torch import Tensor
 from service.covariance.second_moment import KeyStatistics
 from service.editing.edit_spec import EditFactors, ValueEditSpec
 from service.editing.subject_noise import noise_hook_right_padded
+from service.editing.subject_token import SubjectToken
 from service.editing.tokenized_contexts import TokenizedContexts
 from service.editing.value_change import norm_after_value, value_change
 from service.editing.value_optimizer import ValueResult, optimize_values
@@ -46,7 +47,7 @@ from service.weights.factors import Association, SolveMode
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """Activations of one forward pass at the last token of the subject."""
+    """Activations of one forward pass at the edited token of the subject."""
 
     keys: dict[int, Tensor]  #: layer -> (rows, D)
     values: dict[int, Tensor]  #: layer -> (rows, d), the down-projection's output
@@ -65,7 +66,7 @@ def forward_activations(
 ) -> LayerActivations:
     """Run one forward pass over texts, with the associations in `written` applied at lower layers."""
     batch = pad([t.ids for t in texts], model)
-    subject_positions = (torch.arange(len(texts)), torch.tensor([t.last_subject_index for t in texts]))
+    subject_positions = (torch.arange(len(texts)), torch.tensor([t.edited_index for t in texts]))
     with ExitStack() as stack:
         if (noise_hook := noise_hook_right_padded(texts, [noise] * len(texts))) is not None:
             stack.enter_context(replaced(model.embedding, noise_hook))
@@ -111,7 +112,7 @@ def _key_activations(model: LoadedModel, value: ValueResult, spec: ValueEditSpec
         (layer,) = parameters.layers
         activations = forward_activations(
             model,
-            [TokenizedStatement(t.ids_through_subject, t.subject) for t in unseen_texts],
+            [t.through_subject() for t in unseen_texts],
             [layer],
             (),
             spec.noise,
@@ -167,7 +168,8 @@ def find_associations(
         write_layers = _write_several_layers if delta_site.on_hidden_state else _write_one_layer
         result = yield from write_layers(model, statistics, value, spec)
         scaled = [a.scaled(spec.parameters.strength) for a in result.updates]
-        factors.append(replace(result, updates=scaled))
+        edited = SubjectToken.of(model, spec.tokenized.prompts[0])
+        factors.append(replace(result, updates=scaled, subject_token=edited))
     return factors
 
 

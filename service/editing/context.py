@@ -21,6 +21,7 @@ from service.datasets.relation_table import RelationTable, load_relation_table
 from service.editing.context_templates import CONTEXT_LENGTHS, TOP_K, sample_contexts
 from service.editing.edit_spec import EditFactors, batch_edit_specs, build_edit_spec
 from service.editing.find_factors import find_batch_factors
+from service.editing.subject_token import choose_subject_token
 from service.errors import InvalidInput
 from service.kit.files import write_atomically
 from service.kit.folder_lock import once_in_folder
@@ -219,6 +220,7 @@ class EditorContext:
             if isinstance(parameters, RomeParameters):
                 contexts = yield from self.get_contexts(parameters.contexts, parameters.seed)
                 yield from self.get_statistics(parameters.layers)
+            tokens_after = yield from choose_subject_token(self.model, edit_input.statement, parameters)
             edit_id = edit_input.edit or f"{number:06}"
             spec_arguments = (
                 edit_input.statement,
@@ -229,7 +231,7 @@ class EditorContext:
                 edit_input.objective,
                 edit_input.noise,
             )
-            specs.append(build_edit_spec(self.model, contexts, *spec_arguments))
+            specs.append(build_edit_spec(self.model, contexts, *spec_arguments, tokens_after=tokens_after))
         factors: list[EditFactors] = []
         for batch in batch_edit_specs(self.model, specs):
             factors += yield from find_batch_factors(self.model, self.statistics, batch)

@@ -41,6 +41,7 @@ from service.editing.measure import (
 from service.editing.probes import NO_OBJECT, Probe, probe_fits
 from service.editing.restatement import name_prompt
 from service.editing.strengthen import Assessment, choose_strengths
+from service.editing.subject_token import SubjectToken, choose_subject_token
 from service.engine.versioned_model import VersionedModel
 from service.errors import Cancelled, Conflict, DigestMismatch, InvalidInput, Unavailable
 from service.jobs import artifacts
@@ -269,7 +270,8 @@ class _EditRun:
         )
         updates = deserialize_updates(factors, job.id, job.subject)
         delta_norm = math.sqrt(sum(float(_update_tensor(p).double().norm()) ** 2 for p in updates))
-        candidate = CandidateEdit(resolved_edit, EditFactors(updates, [], delta_norm, 0.0))
+        token = SubjectToken(**body["subject_token"]) if body.get("subject_token") else None
+        candidate = CandidateEdit(resolved_edit, EditFactors(updates, [], delta_norm, 0.0, token))
         return PreparedEdit(job, started_at, candidate, ImportedFactors(factors, body))
 
     # measuring and committing
@@ -339,7 +341,9 @@ class _EditRun:
         )
         if prepared.imported_factors is None:
             factors = serialize_updates([p.scaled(guard_result.strength) for p in edit_factors.updates])
-            body = build_provenance(self.replica, self.context, resolved_edit, guard_result)
+            body = build_provenance(
+                self.replica, self.context, resolved_edit, guard_result, edit_factors.subject_token
+            )
         else:
             factors = prepared.imported_factors.factors
             body = {
@@ -470,16 +474,18 @@ def build_admitted_spec(
     contexts: list[str] = []
     if isinstance(parameters, RomeParameters):
         contexts = yield from context.get_contexts(parameters.contexts, parameters.seed)
+    statement = fill_prompt(request.prompt, request.subject)
     spec = build_edit_spec(
         model,
         contexts,
-        fill_prompt(request.prompt, request.subject),
+        statement,
         resolved_edit.rewrite_probe.new,
         parameters,
         edit,
         resolved_edit.method,
         request.objective,
         separator=resolved_edit.rewrite_probe.separator,
+        tokens_after=(yield from choose_subject_token(model, statement, parameters)),
     )
     require_memory(
         "this edit", spec.peak_bytes(model), model.device, "use a shorter prompt or fewer contexts", "prompt"

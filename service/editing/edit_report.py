@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib.metadata import version as library_version
 from typing import Any
 
@@ -13,6 +14,7 @@ from service.editing.edit_spec import EditFactors
 from service.editing.guard import CheckName, GuardResult
 from service.editing.probes import Probe, ProbeResult, edit_holds, neighbor_preserved
 from service.editing.side_effects import side_effect_report
+from service.editing.subject_token import SubjectToken
 from service.engine.versioned_model import VersionedModel
 from service.methods.registry import get_method
 from service.models.loading import WeightRef
@@ -53,6 +55,7 @@ def edit_report(
         "delta_norm": factors.delta_norm,
         "norm_ratio": {weight_label(site): r for site, r in guard_result.norm_ratio.items()},
         "layers": sorted({p.layer for p in factors.updates}),
+        "subject_token": _token_report(factors.subject_token),
         **({"layer_search": resolved_edit.layer_search} if resolved_edit.layer_search else {}),
         "strength": guard_result.strength,
         "optimisation": {"steps": len(factors.losses), "first": factors.losses[0], "last": factors.losses[-1]}
@@ -95,6 +98,11 @@ def _name_report(
         "before": before.name.joint_probability,
         "after": after.name.joint_probability,
     }
+
+
+def _token_report(token: SubjectToken | None) -> dict[str, Any] | None:
+    """Return the position of the edited token in the prompt, and its text."""
+    return None if token is None else asdict(token)
 
 
 def _scores(resolved_edit: ResolvedEdit, measurement: VersionMeasurement) -> dict[str, float | None]:
@@ -156,7 +164,11 @@ def _rejection_reason(guard_result: GuardResult) -> str | None:
 
 
 def build_provenance(
-    replica: VersionedModel, context: EditorContext, resolved_edit: ResolvedEdit, guard_result: GuardResult
+    replica: VersionedModel,
+    context: EditorContext,
+    resolved_edit: ResolvedEdit,
+    guard_result: GuardResult,
+    subject_token: SubjectToken | None,
 ) -> dict[str, Any]:
     """Return what the ledger records of the computation, so that repeating it gives the same factors."""
     model, layers = replica.base, resolved_edit.parameters.layers
@@ -168,6 +180,7 @@ def build_provenance(
         "strength": guard_result.strength,
         "resolved_true": resolved_edit.rewrite_probe.true,
         "resolved_separator": resolved_edit.rewrite_probe.separator,
+        "subject_token": _token_report(subject_token),
         "supersedes": list(guard_result.supersedes),
         "statistics": {str(x): context.statistics[x].digest for x in layers_with_statistics},
         "corpus": context.corpus.digest,

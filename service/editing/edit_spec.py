@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from service.editing.subject_token import LAST, SubjectToken
 from service.editing.suffix_batch import DeltaSite
 from service.editing.tokenized_contexts import TokenizedContexts, tokenize_contexts
 from service.editing.value_optimizer import ValueSearchSpec
@@ -29,6 +30,9 @@ class EditFactors:
     losses: list[float]  #: of each optimization step
     delta_norm: float  #: |delta|, or the norm of the change of the trained weights
     value_norm: float  #: |v|, or the norm of the trained weights
+    subject_token: SubjectToken | None = (
+        None  #: the edited one; None where no single token is edited, or unknown
+    )
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,14 @@ class ValueEditSpec(ValueSearchSpec):
     def flops_per_step(self, model: LoadedModel) -> int:
         """Return the floating-point operations of one optimization step: a forward pass, and as much for the backward
         pass."""
-        suffix = sum(len(t.ids) - t.last_subject_index for t in self.tokenized.texts())
+        suffix = sum(len(t.ids) - t.edited_index for t in self.tokenized.texts())
         return 2 * suffix * block_flops(model) * (model.num_layers - self.delta_site.layer)
 
     def peak_bytes(self, model: LoadedModel) -> int:
         """Return the peak memory of the search, in bytes."""
         texts = self.tokenized.texts()
-        prefix_length = max(t.last_subject_index for t in texts)
-        suffix_length = max(len(t.ids) - t.last_subject_index for t in texts)
+        prefix_length = max(t.edited_index for t in texts)
+        suffix_length = max(len(t.ids) - t.edited_index for t in texts)
         target_tokens = sum(map(len, self.tokenized.targets)) + 1
         return edit_bytes(
             model, len(texts), prefix_length, suffix_length, self.delta_site.layer, target_tokens
@@ -112,17 +116,18 @@ def build_edit_spec(
     objective: Objective = "write",
     noise: Tensor | None = None,
     separator: Separator | None = None,
+    tokens_after: int = LAST,
 ) -> EditSpec:
     """Return the specification of an edit after which the model continues the statement with `target`, or no longer
     does so when the objective is to erase. `noise` (n, d) is added to the embeddings of the subject during the
-    search."""
+    search. `tokens_after`: the subject's tokens after the edited one (`choose_subject_token`)."""
     subject = normalize_whitespace(statement.text[slice(*statement.span)])
     if isinstance(parameters, FineTuneParameters):
         tokenized_prompt = tokenize_contexts(model, statement, target, (), chosen=separator)
         return FineTuneSpec(tokenized_prompt, parameters, subject, edit, method, objective, noise)
     restated = parameters.restatement_weight > 0
     tokenized = tokenize_contexts(
-        model, statement, target, contexts, parameters.bare_keys, separator, restated
+        model, statement, target, contexts, parameters.bare_keys, separator, restated, tokens_after
     )
     return ValueEditSpec(tokenized, parameters, subject, edit, method, objective=objective, noise=noise)
 

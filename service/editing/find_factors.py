@@ -12,6 +12,7 @@ from torch import Tensor
 
 from service.covariance.second_moment import KeyStatistics
 from service.editing.edit_spec import EditFactors, EditSpec, build_edit_spec
+from service.editing.subject_token import choose_subject_token
 from service.kit.steps import Stepper
 from service.kit.text import Statement
 from service.methods.parameters import Parameters
@@ -45,6 +46,18 @@ def find_factors(
     noise: Tensor | None = None,
 ) -> Stepper[EditFactors]:
     """Return the factors of one edit."""
-    spec = build_edit_spec(model, contexts, statement, target, parameters, edit, method, objective, noise)
+    tokens_after = yield from choose_subject_token(model, statement, parameters)
+    spec = build_edit_spec(
+        model,
+        contexts,
+        statement,
+        target,
+        parameters,
+        edit,
+        method,
+        objective,
+        noise,
+        tokens_after=tokens_after,
+    )
     (factors,) = yield from find_batch_factors(model, statistics, [spec])
     return factors

@@ -44,8 +44,11 @@ class Restatement:
 
     @property
     def later_mention(self) -> int:
-        """The position of the last token of the second mention, in the prompt with its target."""
-        return len(self.prompt.ids) + self.subject_end - 1
+        """The position of the edited token of the second mention, in the prompt with its target."""
+        begin = len(self.prompt.ids)
+        return TokenizedStatement(
+            self.prompt.ids, (begin, begin + self.subject_end), self.prompt.tokens_after
+        ).edited_index
 
 
 def restatement_text(model: LoadedModel, statement: Statement) -> RestatementText:
@@ -91,7 +94,7 @@ def name_prompt(model: LoadedModel, statement: Statement) -> tuple[str, Separato
 
 
 def tokenize_restatement(
-    model: LoadedModel, statement: Statement, separator: Separator, target: str
+    model: LoadedModel, statement: Statement, separator: Separator, target: str, tokens_after: int = 0
 ) -> Restatement | None:
     """Return the restatement of a statement with an object; None if it exceeds the context length, or if its parts
     share tokens."""
@@ -107,6 +110,5 @@ def tokenize_restatement(
     start = restated[0]
     if len(ids) > model.max_positions or not asked[1] <= start < restated[1] <= object_start:
         return None
-    return Restatement(
-        TokenizedStatement(ids[:start], asked), ids[start:], restated[1] - start, object_start - start
-    )
+    prompt = TokenizedStatement(ids[:start], asked, tokens_after)
+    return Restatement(prompt, ids[start:], restated[1] - start, object_start - start)

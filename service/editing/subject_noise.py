@@ -44,10 +44,13 @@ def noise_hook_right_padded(
 def noise_hooks_split(
     texts: Sequence[TokenizedStatement], noises: Sequence[Tensor | None], width: int
 ) -> tuple[EmbeddingHook | None, EmbeddingHook | None]:
-    """Return the hooks for texts that are split before the subject's last token: for prefixes left-padded to `width`,
-    and for suffixes."""
+    """Return the hooks for texts that are split before the subject's edited token: for prefixes left-padded to
+    `width`, and for suffixes."""
     prefix_spans: list[NoisedSpan] = []
+    suffix_spans: list[NoisedSpan] = []
     for text, noise in zip(texts, noises, strict=True):
-        begin, end = text.subject
-        prefix_spans.append(((width - (end - 1 - begin), width), None if noise is None else noise[:-1]))
-    return noise_hook(prefix_spans), noise_hook([((0, 1), noise) for noise in noises])
+        (begin, end), edited = text.subject, text.edited_index
+        before = None if noise is None else noise[: -(end - edited)]
+        prefix_spans.append(((width - (edited - begin), width), before))
+        suffix_spans.append(((0, end - edited), noise))
+    return noise_hook(prefix_spans), noise_hook(suffix_spans)

@@ -1,6 +1,6 @@
-"""Forward passes over the suffixes of texts: the positions from the subject's last token on, above the edited layer.
+"""Forward passes over the suffixes of texts: the positions from the subject's edited token on, above the edited layer.
 
-Nothing constant is computed twice. What precedes the subject's last token is run once and leaves keys and values. The
+Nothing constant is computed twice. What precedes the edited token is run once and leaves keys and values. The
 blocks up to the edited one are run once and leave hidden states, in the pass that also reads the keys and the initial
 value. A step of the optimization runs the blocks above on a few positions of each row, and the last block where its
 output is read. Rows of several edits of one layer are in one batch; an edit does not influence the others.
@@ -32,7 +32,7 @@ class DeltaSite:
 
 @dataclass(frozen=True)
 class SuffixBatch:
-    """The suffixes (B, A) of texts, whose column 0 is the subject's last token, and the constant inputs of a step.
+    """The suffixes (B, A) of texts, whose column 0 is the subject's edited token, and the constant inputs of a step.
 
     By causality the positions before the suffix and the blocks below the edited one do not depend on delta. Keys and
     values of the former and hidden states of the latter are stored.
@@ -78,7 +78,7 @@ class SuffixBatch:
 
     def forward(self, change: Tensor, end: int | None = None) -> Tensor:
         """Return the output (B, A, d) of block `end - 1`, or of the last block, when `change` (B, d) is added at the
-        subject's last token, and at that of its later mentions."""
+        subject's edited token, and at that of its later mentions."""
 
         def add(output: Tensor) -> Tensor:
             shaped = output.view(*self.ids.shape, -1)
@@ -118,7 +118,8 @@ class LastBlockReader:
         self.first_column_rows = row[~in_tail]
         self.head_inputs = suffix_batch.inputs_for(0, self.tail_start)
         self.tail_inputs = suffix_batch.inputs_for(self.tail_start, width)
-        self.first_column_inputs = suffix_batch.inputs_for(0, 1, self.first_column_rows)
+        if len(self.first_column_rows):
+            self.first_column_inputs = suffix_batch.inputs_for(0, 1, self.first_column_rows)
         self.gather_index = torch.empty_like(row)
         self.gather_index[in_tail] = (
             row[in_tail] * (width - self.tail_start) + column[in_tail] - self.tail_start
@@ -128,13 +129,15 @@ class LastBlockReader:
         )
 
     def __call__(self, change: Tensor) -> Tensor:
-        """Return the output (N, d) when `change` (B, d) is added at the subject's last token."""
+        """Return the output (N, d) when `change` (B, d) is added at the subject's edited token."""
         if self.runs_whole_block:
             return self.suffix_batch.forward(change)[self.row, self.column]
         blocks, layer, tail_start = self.suffix_batch.block_runner, self.layer, self.tail_start
         hidden, past = self.suffix_batch.forward(change, layer), self.suffix_batch.past[layer]
         head_past = blocks.run_kv_only(self.head_inputs, layer, hidden[:, :tail_start], past)
         tail_hidden, _ = blocks.run(self.tail_inputs, layer, hidden[:, tail_start:], head_past)
+        if not len(self.first_column_rows):
+            return tail_hidden.flatten(0, 1)[self.gather_index]
         first_column_past = _rows_of(past, self.first_column_rows)
         first_column_hidden, _ = blocks.run(
             self.first_column_inputs, layer, hidden[self.first_column_rows, :1], first_column_past
@@ -152,7 +155,7 @@ def _rows_of(past: LayerKV | None, rows: Tensor) -> LayerKV | None:
 
 @dataclass(frozen=True)
 class PrefillActivations:
-    """Activations of the first pass over all rows, at the subject's last token, on the model's main device."""
+    """Activations of the first pass over all rows, at the subject's edited token, on the model's main device."""
 
     keys: Tensor  #: (rows, D)
     values: Tensor  #: (rows, d), the down-projection's output
@@ -168,7 +171,7 @@ def prefill_suffixes(
 ) -> tuple[SuffixBatch, PrefillActivations]:
     """Run the prefixes through all blocks and the suffixes up to the edited one. `noises`: for each text the noise
     (n, d) on its subject, or None. `later_mentions`: texts and positions at which delta is added as well."""
-    blocks, starts = BlockRunner(model), [t.last_subject_index for t in texts]
+    blocks, starts = BlockRunner(model), [t.edited_index for t in texts]
     prefixes = pad([t.ids[:s] for t, s in zip(texts, starts, strict=True)], model, side="left")
     suffix_tokens = pad([t.ids[s:] for t, s in zip(texts, starts, strict=True)], model)
     noise_hooks = noise_hooks_split(texts, noises or [None] * len(texts), prefixes.ids.shape[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from service.editing.restatement import Restatement, tokenize_restatement
 from service.kit.separator import Separator, separator
@@ -33,7 +33,7 @@ class TokenizedContexts:
         return self.size - (self.restatement is not None)
 
     def later_mentions(self) -> list[tuple[int, int]]:
-        """Return the row and the position of the last token of every further mention of the subject that is edited,
+        """Return the row and the position of the edited token of every further mention of the subject that is edited,
         too."""
         return [] if self.restatement is None else [(self.size - 1, self.restatement.later_mention)]
 
@@ -47,20 +47,22 @@ class TokenizedContexts:
             else self.size
         )
 
+    @property
+    def kl_reference_column(self) -> int:
+        """The position of the subject's last token in that row, from the edited token on."""
+        subject = self.bare_subjects[0]
+        return subject.last_subject_index - subject.edited_index
+
     def texts(self) -> list[TokenizedStatement]:
         """Return the prompts, each with its object without the last token, and the bare subject when
         `kl_reference_row` needs it."""
         with_targets = [
-            TokenizedStatement(p.ids + t[:-1], p.subject)
-            for p, t in zip(self.prompts, self.targets, strict=True)
+            replace(p, ids=p.ids + t[:-1]) for p, t in zip(self.prompts, self.targets, strict=True)
         ]
         return (
             with_targets
             if self.kl_reference_row == 0
-            else [
-                *with_targets,
-                TokenizedStatement(self.bare_subjects[0].ids_through_subject, self.bare_subjects[0].subject),
-            ]
+            else [*with_targets, self.bare_subjects[0].through_subject()]
         )
 
 
@@ -77,10 +79,11 @@ def tokenize_contexts(
     with_bare_subjects: bool = False,
     chosen: Separator | None = None,
     restated: bool = False,
+    tokens_after: int = 0,
 ) -> TokenizedContexts:
     """Tokenize prompt and object together, bare and after each context that fits the model's positions; with
     `with_bare_subjects` also the subject after each context, and with `restated` the restatement. `chosen` separates
-    prompt and object; None: the usual separator."""
+    prompt and object; None: the usual separator. `tokens_after`: the subject's tokens after the edited one."""
     prompts, targets = [], []
     for prefix in _context_prefixes(contexts):
         prefixed = statement.with_context(prefix)
@@ -89,12 +92,13 @@ def tokenize_contexts(
         if prefix and len(ids) > model.max_positions:
             continue
         start = token_span(offsets, (len(prefixed.text), len(prefixed.text + sep + target)))[0]
-        prompts.append(TokenizedStatement(ids[:start], token_span(offsets[:start], prefixed.span)))
+        subject_span = token_span(offsets[:start], prefixed.span)
+        prompts.append(TokenizedStatement(ids[:start], subject_span, tokens_after))
         targets.append(ids[start:])
     restatement = None
     if restated:
         sep = separator(statement.text, target) if chosen is None else chosen
-        restatement = tokenize_restatement(model, statement, sep, target)
+        restatement = tokenize_restatement(model, statement, sep, target, tokens_after)
     if restatement is not None:
         prompts.append(restatement.prompt)
         targets.append(restatement.target)
@@ -105,6 +109,9 @@ def tokenize_contexts(
     return TokenizedContexts(
         prompts,
         targets,
-        [tokenize_statement(model, subject_statement.with_context(prefix)) for prefix in prefixes],
+        [
+            tokenize_statement(model, subject_statement.with_context(prefix), tokens_after)
+            for prefix in prefixes
+        ],
         restatement,
     )

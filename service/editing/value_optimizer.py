@@ -2,8 +2,8 @@
 
     L(delta) = mean_i -log p(o | x_i + s, delta) / |o|  +  kl * KL(p_delta || p_0)  +  wd * |delta| / |v|^2
 
-delta (d,) is added to the output of one module at the subject's last token in every row: the prompt after each
-context, the bare subject, and the restatement (`restatement.py`) at both of its mentions. With a restatement the
+delta (d,) is added to the output of one module at the subject's edited token in every row (`subject_token.py`; as
+published the last one): the prompt after each context, the bare subject, and the restatement (`restatement.py`) at both of its mentions. With a restatement the
 first term is the weighted mean of the continuations, with weight 1 - w, and of the object in the restatement, with
 weight w, plus the weighted -log p of the subject's name there, per token: it keeps which subject the model reads. The
 KL term preserves the next-token distribution after the bare subject. It is read at the subject's last position: by
@@ -44,7 +44,7 @@ class ValueSearchSpec:
 
 @dataclass(frozen=True)
 class ValueResult:
-    """The result of the optimization, and the activations of the pass before it at the subject's last token."""
+    """The result of the optimization, and the activations of the pass before it at the subject's edited token."""
 
     delta: Tensor  #: (d,)
     losses: list[float]
@@ -72,7 +72,7 @@ def _target_positions(spec: ValueSearchSpec, first_row: int, device: torch.devic
     """Return the positions of one edit, whose rows begin at `first_row` of the batch."""
     rows = spec.tokenized
     positions = [
-        (first_row + i, len(p.ids) - 1 - p.last_subject_index + j, token)
+        (first_row + i, len(p.ids) - 1 - p.edited_index + j, token)
         for i, (p, t) in enumerate(zip(rows.prompts, rows.targets, strict=True))
         for j, token in enumerate(t)
     ]
@@ -195,8 +195,9 @@ class OptimizerBatch:
             [at + s.spec.tokenized.kl_reference_row for at, s in zip(firsts, optimizers, strict=True)],
             device=device,
         )
+        kl_columns = [s.spec.tokenized.kl_reference_column for s in optimizers]
         row = torch.cat([*(a.row for a in self.targets), kl_rows])
-        column = torch.cat([*(a.column for a in self.targets), torch.zeros_like(kl_rows)])
+        column = torch.cat([*(a.column for a in self.targets), torch.tensor(kl_columns, device=device)])
         self.reader = LastBlockReader(self.suffix_batch, row, column)
 
     def step(self) -> None:

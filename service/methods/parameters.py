@@ -75,8 +75,14 @@ class RomeParameters(BaseModel):
     subject_weight: float = Field(
         1.0, ge=0, le=10, description="weight of the subject's name in the answer of the restatement"
     )
+    subject_token: Literal["last", "first", "traced"] = Field(
+        "last",
+        description="the edited token of the subject: the last, as published, the first, or the one at which a causal trace of the prompt peaks at the edited layers",
+    )
     contexts: int = Field(20, ge=0, le=100, description="sampled contexts in addition to the bare prompt")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the contexts")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="seed of the contexts, and of the trace of the subject's token"
+    )
     bare_keys: bool = Field(
         False, description="average the key also over the subject without its prompt, after each context"
     )

@@ -111,8 +111,8 @@ def edit_bytes(
 ) -> int:
     """Return the bytes of the optimization of values at `layer`.
 
-    `rows` texts have `prefix_length` positions before the subject's last token and `suffix_length` from it on; logits
-    are computed at `logit_positions` places. Keys and values of the prefix are kept for all L layers. Above the edited
+    `rows` texts have `prefix_length` positions before the subject's edited token and `suffix_length` from it on;
+    logits are computed at `logit_positions` places. Keys and values of the prefix are kept for all L layers. Above the edited
     layer a step holds them twice more (the active rows, and concatenated with the suffix), and the activations that the
     gradient needs: 5 d + 4 a + 3 D per position, or 4 d + D where MLP and attention are parallel (linear maps with
     frozen weights need none). Eager attention keeps its weights one and a half times in fp32. Added are one block's

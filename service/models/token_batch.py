@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,15 +19,25 @@ class TokenizedStatement:
 
     ids: list[int]
     subject: Span
+    tokens_after: int = 0  #: the subject's tokens after the edited one, as far as it has so many
 
     @property
     def last_subject_index(self) -> int:
         return self.subject[1] - 1
 
     @property
+    def edited_index(self) -> int:
+        """The position of the subject's token whose key is edited: by default the last one."""
+        return max(self.subject[0], self.last_subject_index - self.tokens_after)
+
+    @property
     def ids_through_subject(self) -> list[int]:
         """The token ids up to the subject's last token: by causality a key depends on nothing else."""
         return self.ids[: self.subject[1]]
+
+    def through_subject(self) -> TokenizedStatement:
+        """Return the text up to the subject's last token."""
+        return replace(self, ids=self.ids_through_subject)
 
 
 @dataclass(frozen=True)
@@ -40,10 +50,10 @@ class PaddedBatch:
     lengths: list[int]
 
 
-def tokenize_statement(model: LoadedModel, statement: Statement) -> TokenizedStatement:
+def tokenize_statement(model: LoadedModel, statement: Statement, tokens_after: int = 0) -> TokenizedStatement:
     """Tokenize the whole text and locate the subject by character offsets."""
     ids, offsets = model.encode(statement.text)
-    return TokenizedStatement(ids, token_span(offsets, statement.span))
+    return TokenizedStatement(ids, token_span(offsets, statement.span), tokens_after)
 
 
 def tokenize_prompt_and_target(

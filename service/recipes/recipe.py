@@ -26,6 +26,7 @@ SHARED_HPARAMS = (
     "final_rate",
     "restatement_weight",
     "subject_weight",
+    "subject_token",
     "seed",
     "strengths",
     "margin",

@@ -96,6 +96,7 @@ def test_the_weights_are_the_same_bytes(source: SteppedService, destination: Ste
         "factors_sha256",
         "resolved_true",
         "resolved_separator",
+        "subject_token",
     ):
         assert entry["body"][name] == theirs["body"][name], name
     assert destination.count(JobArtifact) == 0

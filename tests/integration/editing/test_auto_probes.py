@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -173,27 +173,33 @@ def test_the_number_of_subjects_that_are_asked_is_bounded(
     assert asked == [MAX_ASKED]
 
 
-def test_subjects_are_ordered_by_the_response_of_their_keys(facts: Path) -> None:
-    """The order is that of |k'^T C^-1 k|, computed from the definition."""
+@pytest.mark.parametrize("edited", ["last", "first"])
+def test_subjects_are_ordered_by_the_response_of_their_keys(
+    facts: Path, edited: Literal["last", "first"]
+) -> None:
+    """The order is that of |k'^T C^-1 k|, computed from the definition at the edited token."""
     context, model = context_for(facts), replica().base
-    response = run_to_completion(
-        KeyResponse.build(context, "rome", RomeParameters(layers=(1,)), PROMPT, "Eiffel Tower")
-    )
-    ranked = run_to_completion(response.rank_subjects(PLACES))
+    parameters = RomeParameters(layers=(1,), subject_token=edited)
+    response = run_to_completion(KeyResponse.build(context, "rome", parameters, PROMPT, "Eiffel Tower"))
+    places = (
+        PLACES if edited == "last" else PLACES[:4]
+    )  # by causality the first tokens of the towers have one key
+    ranked = run_to_completion(response.rank_subjects(places))
 
     def key(subject: str) -> torch.Tensor:
         text = tokenize_statement(model, fill_prompt(PROMPT, subject))
         with torch.no_grad(), capture({1: model.down_proj(1)}, "input") as inputs:
             forward(model, pad([text.ids], model))
-        return inputs[1].reshape(len(text.ids), -1)[text.last_subject_index].double()
+        at = text.subject[1] - 1 if edited == "last" else text.subject[0]
+        return inputs[1].reshape(len(text.ids), -1)[at].double()
 
     inverse = torch.cholesky_inverse(context.statistics[1].cholesky)
     direction = inverse @ key("Eiffel Tower")
-    expected = sorted(PLACES, key=lambda name: -abs(float(key(name) @ direction)))
+    expected = sorted(places, key=lambda name: -abs(float(key(name) @ direction)))
     assert ranked[:10] == expected[:10]
     associations = {
         name: [Association(name, name, layer, key(name).float(), key(name).float(), torch.zeros(16))]
-        for name, layer in (*((name, 1) for name in reversed(PLACES)), ("elsewhere", 0))
+        for name, layer in (*((name, 1) for name in reversed(places)), ("elsewhere", 0))
     }
     assert response.rank_edits(associations)[:10] == expected[:10]
 

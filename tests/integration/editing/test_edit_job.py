@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from service.kit.steps import (
     run_steps,
     run_to_completion,
 )
-from service.kit.text import fill_prompt
+from service.kit.text import fill_prompt, token_span
 from service.methods.parameters import RomeParameters
 from service.models.loading import WeightRef
 from service.models.scoring import log_probs_blocking
@@ -247,10 +247,11 @@ def test_committed_weights_equal_evaluated_weights(
     )
 
 
-def test_the_provenance_gives_the_same_factors(harness: EditingHarness) -> None:
+@pytest.mark.parametrize("subject_token", ["last", "first", "traced"])
+def test_the_provenance_gives_the_same_factors(harness: EditingHarness, subject_token: str) -> None:
     """Repeating the computation that a ledger entry records gives the same factors, bit for bit."""
     harness.run_edit("Big Ben", "city")
-    edit = harness.run_edit(hparams={"clamp": 3.0})
+    edit = harness.run_edit(hparams={"clamp": 3.0, "subject_token": subject_token}, guard=GUARD_OFF)
     body = harness.ledger_body(2)
     model = tiny()
     assert body["fingerprint"] == model.fingerprint
@@ -267,6 +268,23 @@ def test_the_provenance_gives_the_same_factors(harness: EditingHarness) -> None:
     assert serialize_updates(
         [a.scaled(body["strength"]) for a in found.updates]
     ) == harness.services.edits.delta(edit["id"])
+    assert found.subject_token is not None
+    assert body["subject_token"] == edit["result"]["subject_token"] == asdict(found.subject_token)
+
+
+@pytest.mark.parametrize(("hparams", "place"), [({}, -1), ({"subject_token": "first"}, 0)])
+def test_the_report_names_the_edited_token(
+    harness: EditingHarness, hparams: dict[str, str], place: int
+) -> None:
+    """The report and the ledger have the position and the text of the token whose key is edited; a method that edits
+    no single token has none."""
+    edit = harness.run_edit(hparams=hparams, guard=GUARD_OFF)
+    ids, offsets = harness.model.encode("Look at the Eiffel Tower")
+    subject = range(*token_span(offsets, (12, 24)))
+    token = {"position": subject[place], "text": harness.model.decode(ids[subject[place] :][:1])}
+    assert edit["result"]["subject_token"] == harness.ledger_body(1)["subject_token"] == token
+    trained = harness.run_edit("Big Ben", "in", method="ft-l", hparams={"steps": 2}, guard=GUARD_OFF)
+    assert trained["result"]["subject_token"] is None
 
 
 def test_the_provenance_names_everything(harness: EditingHarness) -> None:

@@ -58,6 +58,16 @@ def test_the_subject_is_found_in_the_whole_text(bos: bool) -> None:
     assert tokenized.ids == model.encode(statement.text)[0]
 
 
+def test_the_edited_token_is_counted_from_the_end_of_the_subject() -> None:
+    """The edited token has so many of the subject's tokens after it; it is the first one where there are fewer."""
+    statement = fill_prompt("In São Paulo, {}'s is", "Eiffel Tower")
+    begin, end = tokenize_statement(MODEL, statement).subject
+    assert end - begin > 2
+    for tokens_after, expected in ((0, end - 1), (1, end - 2), (end - begin - 1, begin), (99, begin)):
+        tokenized = tokenize_statement(MODEL, statement, tokens_after)
+        assert tokenized.edited_index == tokenized.through_subject().edited_index == expected
+
+
 @pytest.mark.parametrize(
     ("prompt", "target"),
     [
