@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
 from api import errors
@@ -124,7 +126,7 @@ def create_app(
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
         lifespan=lifespan,
-        generate_unique_id_function=operation_id,
+        routes=_routes(),
     )
     app.state.services = services
     app.state.broker = broker
@@ -135,11 +137,18 @@ def create_app(
     app.state.concurrency_limiter = ConcurrencyLimiter()
     app.state.large_requests = large_requests
     errors.install_error_handlers(app)
-    for kind in JOB_KINDS.values():
-        app.include_router(JOB_ROUTERS.get(kind.name) or job_router(kind))
-    for router in OTHER_ROUTERS:
-        app.include_router(router)
     return app
+
+
+@cache
+def _routes() -> list[BaseRoute]:
+    """Return the routes, which all applications of a process share: FastAPI analyzes them at the first request."""
+    router = APIRouter(generate_unique_id_function=operation_id)
+    for kind in JOB_KINDS.values():
+        router.include_router(JOB_ROUTERS.get(kind.name) or job_router(kind))
+    for other_router in OTHER_ROUTERS:
+        router.include_router(other_router)
+    return router.routes
 
 
 def operation_id(route: APIRoute) -> str:
@@ -184,6 +193,7 @@ def _require_key_unless_loopback(settings: Settings, keys: ApiKeys | None) -> No
     )
 
 
+@cache
 def _version() -> str:
     try:
         return version("palimpsest")

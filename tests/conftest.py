@@ -19,11 +19,14 @@ from service.fetching.fetch import fetch_model
 from service.fetching.known_models import find_known_model
 from service.fetching.models_folder import ModelsFolder
 from service.settings import SHIPPED_MODEL, Settings
+from tests.support.disk_writes import do_not_wait_for_the_disk
 from tests.support.migrations import migrate
 from tests.support.server_fixtures import postgres_server, postgres_url, redis_server, redis_url
 
 __all__ = ["postgres_server", "postgres_url", "redis_server", "redis_url"]
 
+do_not_wait_for_the_disk()
+gc.disable()  # until the tests are collected
 # The time of an example depends on the load of the machine.
 settings.register_profile(
     "no_deadline", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -100,3 +103,4 @@ def pytest_collection_finish() -> None:
     """Exclude the imported modules from garbage collection; a full collection would take most of a second."""
     gc.collect()
     gc.freeze()
+    gc.enable()

@@ -36,6 +36,8 @@ from service.kit.signing import SigningKey, parse_key, read_or_create_key
 
 MIGRATIONS_DIR = Path(__file__).resolve().parents[2] / "migrations"
 SQLITE_BUSY_TIMEOUT = 30  # seconds
+#: settings of each SQLite connection: a committed transaction survives a power failure
+SQLITE_PRAGMAS = {"journal_mode": "WAL", "synchronous": "FULL", "foreign_keys": "ON"}
 
 log = logging.getLogger(__name__)
 
@@ -348,7 +350,7 @@ def _create_private_file(_: Any, __: Any, arguments: Sequence[Any], ___: Any) ->
 
 
 def _set_up_sqlite(connection: Any, _: Any) -> None:
-    """Use WAL and full synchronization, enforce foreign keys, and disable the driver's implicit transactions."""
+    """Set the pragmas, and disable the driver's implicit transactions."""
     connection.isolation_level = None
     # SQLite does not wait for the lock that the change of the journal mode needs.
     retrying = Retrying(
@@ -357,8 +359,8 @@ def _set_up_sqlite(connection: Any, _: Any) -> None:
         stop=stop_after_delay(SQLITE_BUSY_TIMEOUT),
         reraise=True,
     )
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        retrying(connection.execute, f"PRAGMA {pragma}").close()
+    for name, value in SQLITE_PRAGMAS.items():
+        retrying(connection.execute, f"PRAGMA {name}={value}").close()
 
 
 def _is_sqlite_lock(error: BaseException) -> bool:

@@ -17,8 +17,10 @@ import cli.worker
 import cli.worker_process
 import workers.health_server
 import workers.worker
+from tests.support.disk_writes import do_not_wait_for_the_disk
 
 __all__ = ["api", "cli", "psycopg", "transformers", "uvicorn", "workers"]
 
+do_not_wait_for_the_disk()
 gc.collect()
 gc.freeze()  # a collection in a child would copy the shared pages

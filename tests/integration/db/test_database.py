@@ -25,6 +25,7 @@ from service.db import database as store
 from service.db.database import Database
 from service.db.models import Job, Model, now, to_json_value
 from service.errors import CommitOutcomeUnknown, Unavailable
+from tests.support.disk_writes import DURABLE_PRAGMAS
 from tests.support.migrations import migrate
 
 
@@ -122,8 +123,9 @@ def test_writers_queue_up(database: Database) -> None:
         assert session.get_one(Model, "x").info == {"count": 40}
 
 
-def test_sqlite_is_durable(tmp_path: Path) -> None:
+def test_sqlite_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SQLite runs with WAL and synchronous=FULL on every connection."""
+    monkeypatch.setattr("service.db.database.SQLITE_PRAGMAS", DURABLE_PRAGMAS)
     database = Database(f"sqlite:///{tmp_path / 'x.sqlite3'}")
     with database.read_session() as session:
         pragmas = [
