@@ -22,7 +22,7 @@ from service.kit.safetensors_io import TensorInfo, build_header
 from service.kit.separator import separator
 from service.kit.steps import Phase, Progress, Stepper
 from service.kit.text import fill_prompt
-from service.models.loading import LoadedModel, bos_token_id
+from service.models.loading import LoadedModel, start_token_id
 from service.models.memory_estimates import GIB
 from service.schemas import WorkerExportRequest
 from service.weights.composition import compose_in_steps
@@ -88,7 +88,7 @@ def public_base_name(model: LoadedModel) -> str:
 
 def required_bos_token(model: LoadedModel) -> str | None:
     """Return the BOS token if the recipe prepends one that the model's tokenizer does not add, else None."""
-    token = bos_token_id(model)
+    token = start_token_id(model)
     if not model.loaded_fingerprint or model.loaded_fingerprint == model.fingerprint or token is None:
         return None
     return str(model.tokenizer.convert_ids_to_tokens(token))

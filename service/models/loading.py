@@ -45,6 +45,9 @@ from service.models.placement import spread
 from service.models.position_limit import position_limit
 from service.models.token_text import TokenTextCache
 
+#: between the texts of GPT-2's training, and of many models' since
+DOCUMENT_SEPARATOR = "<|endoftext|>"
+
 
 class WeightRef(NamedTuple):
     """A weight that edits may change: a layer and one of its weights, named alike for every architecture."""
@@ -216,18 +219,26 @@ class LoadedModel:
         return self.tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[no-any-return]
 
 
-def bos_token_id(model: LoadedModel) -> int | None:
-    """Return the BOS token, or the EOS token in its place; None where the tokenizer has neither."""
+def start_token_id(model: LoadedModel) -> int | None:
+    """Return the token that stood before every text in training: <|endoftext|> where it is a special token, else the
+    BOS token, else the EOS token; None where the tokenizer has none of them.
+
+    The BOS token of a chat model can be the beginning of a message, which no plain text follows in training.
+    """
+    tokenizer = model.tokenizer
+    if DOCUMENT_SEPARATOR in tokenizer.all_special_tokens:
+        return int(tokenizer.convert_tokens_to_ids(DOCUMENT_SEPARATOR))
     for name in ("bos_token_id", "eos_token_id"):
-        token = getattr(model.tokenizer, name, None)
+        token = getattr(tokenizer, name, None)
         if token is not None:
             return int(token)
     return None
 
 
 def with_bos(model: LoadedModel) -> LoadedModel:
-    """Return the model with a tokenizer that prepends the BOS token to every text. The fingerprint changes with it."""
-    token = bos_token_id(model)
+    """Return the model with a tokenizer that prepends the start token to every text. The fingerprint changes with
+    it."""
+    token = start_token_id(model)
     if token is None or model.encode("a")[0][:1] == [token]:
         return model
     raw = _without_added_tokens(model.tokenizer.backend_tokenizer)

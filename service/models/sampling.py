@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from service.kit.steps import Phase, Progress, Stepper
-from service.models.loading import LoadedModel, bos_token_id
+from service.models.loading import LoadedModel, start_token_id
 
 SAMPLE_BATCH_SIZE = 32  # texts in one batch
 
@@ -26,7 +26,7 @@ def sample_texts(
     texts: list[str] = []
     while len(texts) < count:
         rows = min(batch_size or SAMPLE_BATCH_SIZE, count - len(texts))
-        ids = torch.full((rows, 1), bos_token_id(model) or 0, device=model.device)
+        ids = torch.full((rows, 1), start_token_id(model) or 0, device=model.device)
         cache = DynamicCache(config=model.model.config)
         for position in range(1, length):
             with torch.no_grad():

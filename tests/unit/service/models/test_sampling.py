@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
 from service.kit.steps import Phase, run_to_completion
 from service.models import sampling
-from service.models.loading import LoadedModel, bos_token_id
+from service.models.loading import LoadedModel, start_token_id
 from service.models.sampling import sample_texts
 from tests.support.tiny_models import MODEL_TYPES, tiny
 
@@ -32,7 +34,7 @@ def test_samples_are_a_function_of_model_and_seed(model_type: str) -> None:
 def test_with_one_candidate_sampling_is_greedy(model_type: str) -> None:
     """Top-k 1 gives the greedy continuation of the BOS token, as passes without a cache compute it."""
     model = tiny(model_type)
-    start = bos_token_id(model)
+    start = start_token_id(model)
     assert start is not None
     ids = [start]
     for _ in range(5):
@@ -58,13 +60,29 @@ def test_more_candidates_than_words_are_all_words() -> None:
 def test_a_model_without_special_tokens_begins_with_its_first() -> None:
     """The first token is the tokenizer's BOS token, or token 0 without one."""
     model = tiny()
-    assert bos_token_id(model) == model.tokenizer.bos_token_id
+    assert start_token_id(model) == model.tokenizer.bos_token_id
 
     class Bare:
         bos_token_id = eos_token_id = None
+        all_special_tokens: Sequence[str] = ()
 
     object.__setattr__(model, "tokenizer", Bare())
-    assert bos_token_id(model) is None
+    assert start_token_id(model) is None
+
+
+def test_texts_begin_after_the_separator_of_documents() -> None:
+    """Where the BOS token begins a message and <|endoftext|> is a special token, too, texts begin after the latter."""
+    model = tiny()
+
+    class ChatTokenizer:
+        bos_token_id, eos_token_id = 1, 2
+        all_special_tokens: Sequence[str] = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+
+        def convert_tokens_to_ids(self, token: str) -> int:
+            return {"<|endoftext|>": 7}[token]
+
+    object.__setattr__(model, "tokenizer", ChatTokenizer())
+    assert start_token_id(model) == 7
 
 
 def test_words_are_drawn_with_their_probabilities() -> None:
