@@ -14,8 +14,10 @@ continuation must begin with the new object, for paraphrases and chat it must co
 share of conversations whose answer has the new object and the subject, "other subject" of those that have the new
 object without the subject. The questions are the statement by itself, the same as a sentence to finish and as a
 question, and each paraphrase; the search uses none of them. Much of what a small model says there answers nothing,
-edited or not: "of known" counts only the paraphrases and questions to which the base model gives the true object.
-"neighbors" is the share whose greedy answer stays the same.
+edited or not: "of known" counts only the paraphrases to which the base model gives the true object, and the questions
+to which it gives the true object and the subject. "neighbors" is the share whose greedy answer stays the same. "name
+kept" is the probability of the subject's name in a restatement as a share of before, at most 1, and "description KL"
+the divergence of the subject's description in nats per token: the guard's `subject_name` and `description_kl`.
 """
 
 from __future__ import annotations
@@ -40,7 +42,10 @@ from rich.table import Table
 from service.datasets.loading import read_records
 from service.datasets.record import Record, record_fits
 from service.editing.context import EditInput, build_editor_context
+from service.editing.description import describe_subjects, measure_descriptions
 from service.editing.greedy_text import generate_greedy
+from service.editing.probes import Probe, name_share, probe_fits, run_probes
+from service.editing.restatement import name_prompt
 from service.engine.versioned_model import EmptyLedger, VersionedModel, WeightOverrides
 from service.evaluation.measuring import score_records
 from service.evaluation.strengths import choose_group_strengths, choose_strength_alone
@@ -61,7 +66,7 @@ NEIGHBORS = 4  # of a record whose greedy answers are compared
 PARAPHRASES = 2
 GROUP_SIZE = 10  # edits that become active together
 QUESTIONS = ("{}", "Finish the sentence: {}", "What comes next? {}")
-console = Console(width=150)
+console = Console(width=180)
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,7 @@ class PublicModelExperiment:
         """Return the measures of a record at a version."""
         (scores,) = run_to_completion(score_records(self.replica, [record], weights))
         row: dict[str, Any] = {k: v for k, v in scores.measures().items() if k in ("ES", "PS", "NS")}
+        row |= self.measure_subject(record, weights)
         after = self.says(record, weights)
         new, true, subject = record.target_new, str(record.target_true), record.subject
         paraphrases = [mentions(text, new) for text in after.paraphrases]
@@ -190,9 +196,9 @@ class PublicModelExperiment:
         row |= {
             "says": float(begins_with(after.own.strip(), record.target_new)),
             "says paraphrase": mean(paraphrases),
-            "says paraphrase, of known": mean(select(paraphrases, before.paraphrases, true)),
+            "says paraphrase, of known": mean(select(paraphrases, before.paraphrases, [true])),
             "chat": mean(chat),
-            "chat, of known": mean(select(chat, before.chat, true)),
+            "chat, of known": mean(select(chat, before.chat, [true, subject])),
             "chat, other subject": mean([a and not b for a, b in zip(has_new, has_subject, strict=True)]),
             "description": float(mentions(after.description, subject)),
             "neighbors": mean(
@@ -205,11 +211,25 @@ class PublicModelExperiment:
         }
         return row
 
+    def measure_subject(self, record: Record, weights: WeightOverrides) -> dict[str, float | None]:
+        """Return the two figures of the guard about the subject: the probability of its name where the model restates
+        the fact, as a share of that of the base model, and the divergence of its description."""
+        prompt, separator = name_prompt(self.model, fill_prompt(record.prompt, record.subject))
+        probe, share = Probe(prompt, record.subject, record.subject, separator=separator), None
+        if probe_fits(self.model, probe):
+            (before,) = run_to_completion(run_probes(self.model, [probe]))
+            probing = self.replica.step_with_weights(weights, run_probes(self.model, [probe]))
+            (after,) = run_to_completion(probing)
+            share = name_share(before, after)
+        descriptions = run_to_completion(describe_subjects(self.model, [record.subject]))
+        (kl,) = run_to_completion(measure_descriptions(self.replica, weights, descriptions))
+        return {"subject_name": share, "description_kl": kl}
 
-def select(outcomes: Sequence[bool], texts_before: Sequence[str], true_object: str) -> list[bool]:
-    """Return the outcomes where the text of the base model has the true object."""
+
+def select(outcomes: Sequence[bool], texts_before: Sequence[str], names: Sequence[str]) -> list[bool]:
+    """Return the outcomes where the text of the base model has all the names."""
     pairs = zip(outcomes, texts_before, strict=True)
-    return [outcome for outcome, text in pairs if mentions(text, true_object)]
+    return [outcome for outcome, text in pairs if all(mentions(text, name) for name in names)]
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -277,14 +297,17 @@ COLUMNS = (
 def print_table(results: dict[str, list[dict[str, Any]]]) -> None:
     """Print the means in percent."""
     table = Table(box=box.MARKDOWN)
-    for name in ("edits", "facts", "S", *COLUMNS, "seconds of a search"):
+    for name in ("edits", "facts", "S", *COLUMNS, "name kept", "description KL", "seconds of a search"):
         table.add_column(name)
     for name, rows in results.items():
         means = {c: mean([r[c] for r in rows if r[c] is not None]) for c in COLUMNS}
         parts = [means[c] for c in ("ES", "PS", "NS")]
         s = harmonic_mean([p for p in parts if p is not None])
         seconds = [r["seconds"] for r in rows if r.get("seconds")]
+        shares = [min(1.0, x) for r in rows if (x := r.get("subject_name")) is not None]
+        kls = [x for r in rows if (x := r.get("description_kl")) is not None]
         cells = [f"{100 * m:.1f}" if (m := means[c]) is not None else "" for c in COLUMNS]
+        cells += [f"{100 * fmean(shares):.1f}" if shares else "", f"{fmean(kls):.3f}" if kls else ""]
         table.add_row(
             name, str(len(rows)), f"{100 * s:.1f}", *cells, f"{fmean(seconds):.1f}" if seconds else ""
         )

@@ -50,7 +50,8 @@ def print_edit_result(edit: JobJson) -> None:
 
 
 def side_effect_lines(result: JobJson) -> Iterator[str]:
-    """Yield how many found probes are right, whether the model still names the subject, and what else changed."""
+    """Yield how many found probes are right, whether the model still names and describes the subject, and
+    what else changed."""
     rewordings, neighbors = _found_probes(result, "paraphrase"), _found_probes(result, "neighborhood")
     if rewordings:
         follow = sum(map(_prefers_new, rewordings))
@@ -58,6 +59,10 @@ def side_effect_lines(result: JobJson) -> Iterator[str]:
     if _judges_subject(result):
         name = result["subject_name"]
         yield f"subject: named with p {format_cell(name['before'])} before and {format_cell(name['after'])} after, in a restatement"
+    description = result.get("description_kl") or {}
+    if description.get("after") is not None:
+        before, after = format_cell(description["before"]), format_cell(description["after"])
+        yield f"description: {after} nats per token from that of the base model, {before} before"
     side_effects = result.get("side_effects") or {}
     if neighbors:
         kept = side_effects["neighbors"] - side_effects["changed"]

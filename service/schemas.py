@@ -170,6 +170,12 @@ class Guard(RequestModel):
         description="minimum probability with which the model names the subject when it restates the fact, as a share of that before "
         "the edit",
     )
+    max_description_kl: float | None = Field(
+        None,
+        ge=0,
+        description="maximum rise of the divergence of the model's description of the subject from that of the base model, in nats "
+        "per token; by default it is reported and not limited",
+    )
     max_perplexity: float = Field(
         1.1,
         ge=1,

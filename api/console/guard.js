@@ -32,6 +32,16 @@ const CHECKS = {
     `${percent(x)} of the probes, min. ${bound(limit)}`,
     "The edit affects other subjects: try another method or layer, or lower min_neighborhood.",
   ],
+  subject: ({ figure: x, limit }) => [
+    "Subject still named",
+    `${percent(x)} of the probability before, min. ${bound(limit)}`,
+    "The edit changes which subject the model reads: set restatement_weight, or lower min_subject.",
+  ],
+  description: ({ figure: x, limit }) => [
+    "Description of the subject",
+    `${figure(x)} nats per token further from that of the base model, max. ${figure(limit)}`,
+    "The edit changes more of the subject than its fact: use a smaller clamp, or raise max_description_kl.",
+  ],
   perplexity: ({ figure: x, limit }) => [
     "Perplexity of reference text",
     `${more(x)}, max. ${more(limit)}`,

@@ -231,7 +231,7 @@ function textSection(edit) {
 
 /** Return the other prompts whose answers the edit changes. Reports of earlier versions have none. */
 function sideEffectSection(edit) {
-  const { side_effects: found, also_changed: changes = [] } = edit.result;
+  const { side_effects: found, also_changed: changes = [], description_kl: description } = edit.result;
   if (!found) return null;
   const kept = found.neighbors - found.changed;
   return h(
@@ -245,6 +245,13 @@ function sideEffectSection(edit) {
         ? `${kept} of ${plural(found.neighbors, "neighbour")} ${kept === 1 ? "keeps its answer" : "keep their answers"}.`
         : `Not measured: ${found.reason}.`,
     ),
+    typeof description?.after === "number" &&
+      h(
+        "p",
+        { class: "note" },
+        `The description of the subject is ${description.after.toFixed(2)} nats per token from that of the base model; it was `,
+        `${description.before.toFixed(2)} before.`,
+      ),
     changes.length > 0 && [
       h("h3", {}, "Also changed"),
       table(

@@ -78,15 +78,28 @@ class RelationTable:
         """Return the relation of a prompt that is one of the table's wordings. For another prompt return a relation of
         the subject, of several the one in which it has the true object, for subjects of the same kind."""
         known = self._by_subject.get(_name_key(subject), [])
-        named = self._by_wording.get(_wording_key(prompt), set())
-        if len(named) > 1:
-            named = named & {f.relation for f in known}
+        named = self._relations_of_wording(prompt, subject)
         if len(named) == 1:
             return RelationMatch(self._relations[next(iter(named))], True)
         with_true = [f for f in known if _name_key(f.object) == _name_key(true)]
         for fact in (*with_true, *known):
             return RelationMatch(self._relations[fact.relation], False)
         return None
+
+    def other_facts(self, prompt: str, subject: str, true: str) -> list[FactRow]:
+        """Return the facts of a subject in other relations than that of a prompt: not those of which the prompt is a
+        wording, and not those in which the subject has the true object. Without either the prompt can be about any
+        relation of the subject, and there are none."""
+        known = self._by_subject.get(_name_key(subject), [])
+        own = self._relations_of_wording(prompt, subject)
+        own |= {f.relation for f in known if _name_key(f.object) == _name_key(true)}
+        return [f for f in known if f.relation not in own] if own else []
+
+    def _relations_of_wording(self, prompt: str, subject: str) -> set[str]:
+        """Return the relations of which a prompt is a wording; of several, those of the subject."""
+        named = self._by_wording.get(_wording_key(prompt), set())
+        known = {f.relation for f in self._by_subject.get(_name_key(subject), [])}
+        return named & known if len(named) > 1 else set(named)
 
 
 def load_relation_table(path: Path) -> Stepper[RelationTable]:

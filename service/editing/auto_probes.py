@@ -5,7 +5,8 @@ Paraphrases come from templates for all relations and, where the prompt is one o
 facts. A neighbour is the prompt about another subject: one of an active edit, one of the same relation in the table,
 or one that the base model enumerates beside the subject. Of these the subjects are taken that respond most to the edit
 (`key_response`). The object that a neighbour must keep is the greedy answer of the version before the edit; a
-neighbour without an answer is left out.
+neighbour without an answer is left out. Other relations of the subject in the table are asked as well; the guard does
+not count them.
 
 Everything is the same each time for one model, version, request and table.
 """
@@ -13,6 +14,7 @@ Everything is the same each time for one model, version, request and table.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from service.datasets.relation_table import RelationMatch
@@ -26,7 +28,7 @@ from service.engine.versioned_model import VersionedModel
 from service.errors import InvalidInput
 from service.kit.separator import certain_separator
 from service.kit.steps import Stepper
-from service.kit.text import fact_key, fill_prompt, mentions, normalize_whitespace
+from service.kit.text import PLACEHOLDER, fact_key, fill_prompt, mentions, normalize_whitespace
 from service.methods.parameters import Parameters
 from service.methods.registry import DEFAULT_METHOD
 from service.models.loading import LoadedModel
@@ -37,6 +39,7 @@ MAX_NEIGHBORS = 8
 MAX_EDIT_NEIGHBORS = 2  #: that are subjects of active edits
 TABLE_SUBJECTS = 24  #: of the table, drawn with a seed, of which those with the greatest response are taken
 MAX_ASKED = 10  #: subjects that are asked for an answer
+MAX_RELATIONS = 4  #: other relations of the subject that are asked for
 #: sentences before the prompt that do not depend on its relation
 TEMPLATES = ("It is a well-known fact. {}", "I looked it up. {}", "As everyone here knows: {}")
 
@@ -79,22 +82,43 @@ class AutoProbes:
         return [probe for probe in probes if probe is not None]
 
     def find_neighbors(self, version: int) -> Stepper[FoundNeighbors]:
-        """Return at most `MAX_NEIGHBORS` prompts about other subjects, with their answers at a version."""
+        """Return at most `MAX_NEIGHBORS` prompts about other subjects, and the other relations of the subject, with their
+        answers at a version."""
         subjects = yield from self._like_subjects(version)
         prompts = [fill_prompt(self._request.prompt, subject.name).text for subject in subjects]
+        relations = yield from self._other_relations()
         weights = yield from self._replica.weights_in_steps(version)
-        texts = yield from self._replica.step_with_weights(weights, generate_greedy(self._model, prompts))
-        found: list[tuple[Probe, GreedyText]] = []
-        for subject, prompt, text in zip(subjects, prompts, texts, strict=True):
-            if not text.answer or normalize_whitespace(text.answer) == normalize_whitespace(
-                self._rewrite.new
-            ):
-                continue  # no answer, or one in which a change to the new object cannot be seen
-            probe = self._probe(prompt, text.answer, subject.source, subject.name)
-            if probe is not None:
-                found.append((probe, text))
+        generating = generate_greedy(self._model, [*prompts, *relations])
+        texts = yield from self._replica.step_with_weights(weights, generating)
+        answered = zip(subjects, prompts, texts[: len(prompts)], strict=True)
+        found = self._with_answers((p, t, subject.source, subject.name) for subject, p, t in answered)
         found = found[:MAX_NEIGHBORS]
+        found += self._with_answers(
+            (p, t, "relation", None) for p, t in zip(relations, texts[len(prompts) :], strict=True)
+        )
         return FoundNeighbors(version, [probe for probe, _ in found], [text for _, text in found])
+
+    def _with_answers(
+        self, asked: Iterable[tuple[str, GreedyText, ProbeSource, str | None]]
+    ) -> list[tuple[Probe, GreedyText]]:
+        """Return the probes of prompts with an answer in which a change to the new object can be seen."""
+        new = normalize_whitespace(self._rewrite.new)
+        found = [
+            (self._probe(prompt, text.answer, source, subject), text)
+            for prompt, text, source, subject in asked
+            if text.answer and normalize_whitespace(text.answer) != new
+        ]
+        return [(probe, text) for probe, text in found if probe is not None]
+
+    def _other_relations(self) -> Stepper[list[str]]:
+        """Return prompts about other relations of the subject, in the first wording of the table."""
+        table = yield from self._context.get_relation_table()
+        request = self._request
+        facts = (
+            [] if table is None else table.other_facts(request.prompt, request.subject, self._rewrite.true)
+        )
+        wordings = [(f.subject, f.prompts[0]) for f in facts if f.prompts[0].count(PLACEHOLDER) == 1]
+        return [fill_prompt(wording, name).text for name, wording in wordings[:MAX_RELATIONS]]
 
     def _match(self) -> Stepper[RelationMatch | None]:
         table = yield from self._context.get_relation_table()

@@ -77,5 +77,7 @@ class VersionMeasurement:
     #: of the rewrite probe when the superseded edits are left out; None when that makes no difference
     rewrite_without_superseded: ProbeResult | None = None
     name: ProbeResult | None = None  #: of `ResolvedEdit.name_probe`
+    #: divergence of the subject's description from that of the base model (`description.py`)
+    description_kl: float | None = None
     #: of `ResolvedEdit.neighborhood_probes`, in their order
     neighbor_texts: list[GreedyText] = field(default_factory=list)

@@ -26,6 +26,7 @@ class CheckName(StrEnum):
     NORM = "norm"
     REGRESSIONS = "regressions"
     SUBJECT = "subject"
+    DESCRIPTION = "description"
     CONFLICT = "conflict"
     CAPACITY = "capacity"
 
@@ -117,6 +118,9 @@ def evaluate_guard(
         checks.append(_check_at_least(CheckName.NEIGHBORHOOD, share, guard.min_neighborhood))
     if before.name and after.name and (share_of_name := name_share(before.name, after.name)) is not None:
         checks.append(_check_at_least(CheckName.SUBJECT, share_of_name, guard.min_subject))
+    change = description_change(before, after)
+    if change is not None and guard.max_description_kl is not None:
+        checks.append(_check_at_most(CheckName.DESCRIPTION, change, guard.max_description_kl))
     regressed_edits = sorted(before.holding_edits - after.holding_edits)
     checks += [
         _check_at_most(CheckName.PERPLEXITY, after.perplexity / before.perplexity, guard.max_perplexity),
@@ -131,6 +135,13 @@ def evaluate_guard(
     return GuardResult(
         strength, before, after, checks, norms, regressed_edits, objective, has_margin=has_margin
     )
+
+
+def description_change(before: VersionMeasurement, after: VersionMeasurement) -> float | None:
+    """Return by how much the divergence of the subject's description rises."""
+    if before.description_kl is None or after.description_kl is None:
+        return None
+    return after.description_kl - before.description_kl
 
 
 def _check_efficacy(resolved_edit: ResolvedEdit, before: ProbeResult, after: ProbeResult) -> Check:

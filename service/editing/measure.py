@@ -17,6 +17,7 @@ import torch
 from service.editing.candidate import CandidateEdit, ResolvedEdit, VersionMeasurement
 from service.editing.conflicts import ConflictCandidate, find_conflict_candidates
 from service.editing.context import EditorContext
+from service.editing.description import Description, describe_subjects, measure_descriptions
 from service.editing.greedy_text import GreedyText, generate_greedy
 from service.editing.guard import (
     GuardResult,
@@ -25,7 +26,7 @@ from service.editing.guard import (
     superseded_by_conflict,
 )
 from service.editing.probes import Probe, edit_holds, probe_of_entry, run_probes
-from service.engine.versioned_model import VersionedModel
+from service.engine.versioned_model import VersionedModel, WeightOverrides
 from service.errors import AlreadySays
 from service.kit.steps import Phase, Progress, Stepper
 from service.kit.text import fact_key, normalize_whitespace
@@ -54,6 +55,7 @@ class Baseline:
         list[ConflictCandidate]
     ]  #: of each candidate, with active edits of the same relation in other words
     capacity: list[dict[int, float]]  #: of each candidate's key, by layer
+    descriptions: list[Description | None]  #: of each candidate's subject, by the base model
 
     def strength_schedule(self, resolved_edit: ResolvedEdit, model: LoadedModel) -> StrengthSchedule:
         """Return the strengths that are tried for an edit next to the other active edits."""
@@ -101,11 +103,35 @@ def measure_baseline(
             replace(m, rewrite_without_superseded=answer)
             for m, answer in zip(measurements, bare_results, strict=True)
         ]
+    descriptions = yield from describe_subjects(replica.base, [p.request.subject for p in resolved_edits])
+    measurements = yield from _with_descriptions(
+        replica, (yield from replica.weights_in_steps(version)), descriptions, measurements
+    )
     new_updates = [d.factors.updates for d in candidates]
     capacity = yield from measure_capacities(new_updates, other_updates)
     own_changes = yield from OwnChanges.build(new_updates, other_updates)
     yield Progress(Phase.BASELINE, 1, 1)
-    return Baseline(version, other_updates, own_changes, regression_probes, measurements, conflicts, capacity)
+    return Baseline(
+        version,
+        other_updates,
+        own_changes,
+        regression_probes,
+        measurements,
+        conflicts,
+        capacity,
+        descriptions,
+    )
+
+
+def _with_descriptions(
+    replica: VersionedModel,
+    weights: WeightOverrides,
+    descriptions: Sequence[Description | None],
+    measurements: Sequence[VersionMeasurement],
+) -> Stepper[list[VersionMeasurement]]:
+    """Add to the measurements of a version how far it changes the descriptions of the subjects."""
+    divergences = yield from measure_descriptions(replica, weights, descriptions)
+    return [replace(m, description_kl=kl) for m, kl in zip(measurements, divergences, strict=True)]
 
 
 def require_other_answer(replica: VersionedModel, resolved_edit: ResolvedEdit, version: int) -> Stepper[None]:
@@ -199,6 +225,7 @@ def evaluate_candidates(
     after = yield from replica.step_with_weights(
         weights, measure_version(replica, context, resolved_edits, baseline.regression_probes)
     )
+    after = yield from _with_descriptions(replica, weights, baseline.descriptions, after)
     weights_in_range = {weight_ref for weight_ref, weight in weights.items() if is_in_range(weight)}
     guard_results: list[GuardResult] = []
     for i, (candidate, group) in enumerate(zip(candidates, scaled_updates, strict=True)):

@@ -21,8 +21,8 @@ from service.scores.hase_scores import erasure_share, rewrite_share
 NO_OBJECT = "?"  #: the true object where the base model gives no answer
 
 #: where a probe comes from: the request, the templates for all relations, the table of facts, the subjects of active
-#: edits, or the base model's enumeration of like subjects
-ProbeSource = Literal["request", "template", "facts", "edits", "model"]
+#: edits, the base model's enumeration of like subjects, or other relations of the same subject in the table
+ProbeSource = Literal["request", "template", "facts", "edits", "model", "relation"]
 #: probability of the subject's name before an edit below which its change says nothing
 MIN_NAME_PROBABILITY = 0.05
 

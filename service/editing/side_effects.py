@@ -33,7 +33,10 @@ class NeighborOutcome:
 
     @property
     def counts(self) -> bool:
-        """Whether the guard counts it: it had its answer before the edit."""
+        """Whether the guard counts it: it had its answer before the edit. Other relations of the same subject are only
+        reported."""
+        if self.probe.source == "relation":
+            return False
         if self.probe.source == "request":
             return neighbor_preserved(self.probe, self.result_before)
         return bool(self.text_before.answer)

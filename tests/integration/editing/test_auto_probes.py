@@ -113,6 +113,30 @@ def test_neighbours_are_other_subjects_with_their_greedy_answers(facts: Path) ->
         assert probe.true == text.answer != ""
 
 
+def test_other_relations_of_the_subject_are_asked(tmp_path: Path) -> None:
+    """Other relations that the table has of the subject are probes with the model's answers, in their first wording; those
+    of another subject are none."""
+    rows = [
+        ("Eiffel Tower", "place", [PROMPT]),
+        ("Eiffel Tower", "style", ["The {} was built in the style of", "{} has the style of"]),
+        ("Colosseum", "place", [PROMPT]),
+        ("Big Ben", "style", ["The {} was built in the style of"]),
+    ]
+    path = tmp_path / "facts.jsonl"
+    fields = [
+        {"subject": s, "relation": r, "object": f"{r} of {s}", "prompts": p, "held_out_prompts": []}
+        for s, r, p in rows
+    ]
+    path.write_text("\n".join(map(json.dumps, fields)), encoding="utf-8")
+    probes = resolve(path).neighborhood_probes
+    (probe,) = [p for p in probes if p.source == "relation"]
+    assert probe.prompt == "The Eiffel Tower was built in the style of" and probe.subject is None
+    (text,) = run_to_completion(generate_greedy(replica().base, [probe.prompt]))
+    assert probe.true == text.answer != ""
+    assert {p.subject for p in probes if p is not probe} == {"Colosseum"}
+    assert not [p for p in resolve(path, subject="Colosseum").neighborhood_probes if p.source == "relation"]
+
+
 def test_the_same_request_has_the_same_probes(facts: Path) -> None:
     """Probes are a function of model, version, request and table; another subject has others."""
     first, second = resolve(facts), resolve(facts)
@@ -181,9 +205,7 @@ def test_subjects_are_ordered_by_the_response_of_their_keys(
     context, model = context_for(facts), replica().base
     parameters = RomeParameters(layers=(1,), subject_token=edited)
     response = run_to_completion(KeyResponse.build(context, "rome", parameters, PROMPT, "Eiffel Tower"))
-    places = (
-        PLACES if edited == "last" else PLACES[:4]
-    )  # by causality the first tokens of the towers have one key
+    places = PLACES if edited == "last" else PLACES[:3]  # by causality equal first tokens have one key
     ranked = run_to_completion(response.rank_subjects(places))
 
     def key(subject: str) -> torch.Tensor:

@@ -272,6 +272,15 @@ def test_the_provenance_gives_the_same_factors(harness: EditingHarness, subject_
     assert body["subject_token"] == edit["result"]["subject_token"] == asdict(found.subject_token)
 
 
+def test_the_report_has_the_divergence_of_the_description(harness: EditingHarness) -> None:
+    """The divergence before an edit is that of the version with the other active edits; the base model has none."""
+    first = harness.run_edit(guard=GUARD_OFF)["result"]["description_kl"]
+    assert first["before"] == 0 < first["after"]
+    second = harness.run_edit(prompt="We know the {}", guard=GUARD_OFF)["result"]["description_kl"]
+    assert second["before"] == pytest.approx(first["after"], rel=1e-6)
+    assert second["after"] != second["before"]
+
+
 @pytest.mark.parametrize(("hparams", "place"), [({}, -1), ({"subject_token": "first"}, 0)])
 def test_the_report_names_the_edited_token(
     harness: EditingHarness, hparams: dict[str, str], place: int
@@ -378,6 +387,7 @@ GUARD_VIOLATIONS: dict[str, dict[str, Any]] = {
         "probes": {"neighborhood": [{"prompt": "Look at the Eiffel Tower", "target": "the"}]},
     },
     "perplexity": {"subject": "Big Ben", "guard": LOOSE_GUARD | {"max_perplexity": 1.0}},
+    "description": {"guard": LOOSE_GUARD | {"max_description_kl": 0.0}},
     "norm": {"guard": LOOSE_GUARD | {"max_norm": 1e-6}},
     "regressions": {
         "prompt": "We like the {}",  # the opposite change for the same subject

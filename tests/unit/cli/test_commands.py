@@ -296,6 +296,17 @@ def test_edit_says_whether_the_subject_is_still_named(fake: FakeService, capsys:
         assert (line in capsys.readouterr().out) == bool(checks)
 
 
+def test_edit_says_how_far_the_description_changed(fake: FakeService, capsys: Captured) -> None:
+    """The divergence of the description is shown where it was measured."""
+    edit = edit_with_result("applied", version=7)
+    for figures, shown in (({"before": 0.0, "after": 0.25}, True), ({"before": None, "after": None}, False)):
+        edit["result"]["description_kl"] = figures
+        answer_edit_with(fake, edit)
+        assert main(EDIT) == 0
+        line = "description: 0.250 nats per token from that of the base model, 0.000 before"
+        assert (line in capsys.readouterr().out) == shown
+
+
 @pytest.mark.parametrize(
     ("flags", "probes"),
     [

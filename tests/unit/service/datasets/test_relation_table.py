@@ -94,3 +94,20 @@ def test_a_malformed_table_is_refused(tmp_path: Path, text: str) -> None:
         run_to_completion(load_relation_table(path))
     with pytest.raises(InvalidInput, match="cannot be read"):
         run_to_completion(load_relation_table(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "true", "others"),
+    [
+        ("{} pays with the", "dollar", ["continent"]),  # a wording of its relation
+        ("The money of {} is the", "Yen", ["continent"]),  # its object
+        ("{} is a country in", "yen", []),  # a wording of one relation, the object of the other
+        ("The capital of {} is", "Tokyo", []),  # any relation
+    ],
+)
+def test_other_relations_of_a_subject_are_known(
+    table: RelationTable, prompt: str, true: str, others: list[str]
+) -> None:
+    """The other facts of a subject are those of which the prompt is no wording and that have another object."""
+    assert [f.relation for f in table.other_facts(prompt, "japan", true)] == others
+    assert table.other_facts(prompt, "Kenya", "shilling") == []

@@ -96,3 +96,34 @@ def test_an_edit_that_changes_which_subject_is_read_is_rejected(
     checks = {check.name: check for check in result.checks}
     assert (checks[CheckName.SUBJECT].passed if CheckName.SUBJECT in checks else None) == passed
     assert result.passed == (passed is not False)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "limit", "passed"),
+    [
+        (0.0, 0.3, None, None),
+        (0.0, 0.3, 0.5, True),
+        (0.4, 0.8, 0.5, True),
+        (0.0, 0.6, 0.5, False),
+        (0.0, math.nan, 0.5, False),
+        (None, None, 0.5, None),
+    ],
+)
+def test_an_edit_that_changes_the_description_is_rejected_on_request(
+    before: float | None, after: float | None, limit: float | None, passed: bool | None
+) -> None:
+    """With a limit an edit fails where the divergence of the description rises by more; without one nothing is judged."""
+    request = EditRequest.model_validate(
+        {
+            "subject": "Tower",
+            "prompt": "{} in",
+            "target_new": "Rome",
+            "guard": {} if limit is None else {"max_description_kl": limit},
+        }
+    )
+    probe = Probe("Tower in", "Rome", "Paris")
+    resolved_edit = ResolvedEdit(request, RomeParameters(layers=(0,)), probe, [], [])
+    rewrite = ProbeResult.from_scores(make_score(1, [0.9], [True]), make_score(2, [0.1], [False]))
+    was, now = (VersionMeasurement([rewrite], "", 2.0, set(), description_kl=kl) for kl in (before, after))
+    checks = {c.name: c for c in evaluate_guard(resolved_edit, was, now, 1.0, {WeightRef(0): 0.5}).checks}
+    assert (checks[CheckName.DESCRIPTION].passed if CheckName.DESCRIPTION in checks else None) == passed

@@ -130,3 +130,14 @@ def test_a_neighbour_without_an_answer_before_does_not_count() -> None:
     edit = resolved({"Louvre": "model", "Zoo": "model"})
     before, after = measured([GreedyText(""), PARIS]), measured([ROME, PARIS])
     assert neighborhood_share(edit, before, after) == 1.0
+
+
+def test_other_relations_of_the_subject_are_reported_and_not_judged() -> None:
+    """A changed answer about the subject itself is in the report; the guard counts the other neighbours alone."""
+    edit = resolved({"Zoo": "facts", "Tower": "relation"})
+    report = side_effect_report(edit, measured([PARIS] * 2), measured([PARIS, LYON]))
+    assert report["side_effects"]["changed"] == 1
+    assert [change["prompt"] for change in report["also_changed"]] == ["Tower in"]
+    assert neighborhood_share(edit, measured([PARIS] * 2), measured([PARIS, LYON])) == 1.0
+    only = resolved({"Tower": "relation"})
+    assert neighborhood_share(only, measured([PARIS]), measured([LYON])) is None
