@@ -98,7 +98,7 @@ def score_single(
     for case, edit in zip(cases, edits, strict=True):
         for strength in STRENGTHS:
             record = experiment.measure(
-                [case], experiment.replica.compose_weights(a.scaled(strength) for a in edit)
+                [case], experiment.replica.compose_patch(a.scaled(strength) for a in edit)
             )[0]
             if record[0] == 1.0:
                 break
@@ -109,7 +109,7 @@ def score_single(
 def score_joint(
     experiment: EditingExperiment, cases: Sequence[Record], edits: Sequence[Sequence[Association]]
 ) -> list[SuccessRates]:
-    return experiment.measure(cases, experiment.replica.compose_weights(a for edit in edits for a in edit))
+    return experiment.measure(cases, experiment.replica.compose_patch(a for edit in edits for a in edit))
 
 
 def format_scores(records: Sequence[SuccessRates]) -> list[str]:

@@ -30,7 +30,7 @@ from service.datasets.loading import read_records
 from service.datasets.record import Record
 from service.editing.context import EditorContext, build_editor_context, find_recipe
 from service.editing.find_factors import find_factors
-from service.engine.versioned_model import EmptyLedger, VersionedModel, WeightOverrides
+from service.engine.versioned_model import EmptyLedger, VersionedModel
 from service.evaluation.metrics import RecordScores
 from service.evaluation.strengths import assess_rewrite, choose_group_strengths, choose_strength_alone
 from service.kit.steps import run_to_completion
@@ -38,6 +38,7 @@ from service.kit.text import fill_prompt
 from service.methods.parameters import RomeParameters
 from service.models.loading import WeightRef, load_model
 from service.models.scoring import compute_perplexity, log_probs_blocking
+from service.patches.patch import BASE, PatchSet, weights_patch
 from service.recipes.recipe import Recipe
 from service.recipes.strength_schedule import StrengthSchedule, strength_schedule
 from service.scores.scores import bootstrap_mean, bootstrap_score, share_preferring_new, share_preferring_true
@@ -98,13 +99,13 @@ class EditingExperiment:
     def schedule(self, strengths: Sequence[float], active: int) -> StrengthSchedule:
         return strength_schedule(self.parameters, strengths, active, self.model.intermediate_size)
 
-    def measure(self, cases: Sequence[Record], weights: WeightOverrides) -> list[SuccessRates]:
+    def measure(self, cases: Sequence[Record], patch: PatchSet) -> list[SuccessRates]:
         """Return (ES, PS, NS) of each case with these weights; nan where the case has no probe of that kind."""
         pairs: list[tuple[str, str]] = []
         for c in cases:
             for prompt in (c.text, *c.paraphrases, *(n.prompt for n in c.neighbours)):
                 pairs += [(prompt, c.target_new), (prompt, c.target_true or "")]
-        with self.replica.use_weights(weights):
+        with self.replica.use_patch(patch):
             scores = iter(log_probs_blocking(self.model, pairs))
         records = []
         for c in cases:
@@ -122,8 +123,8 @@ class EditingExperiment:
             records.append((whole[0], whole[1], whole[2]))
         return records
 
-    def loss(self, weights: WeightOverrides, texts: Sequence[str]) -> float:
-        with self.replica.use_weights(weights):
+    def loss(self, patch: PatchSet, texts: Sequence[str]) -> float:
+        with self.replica.use_patch(patch):
             return run_to_completion(compute_perplexity(self.model, texts))
 
 
@@ -173,10 +174,8 @@ def bench_single(experiment: EditingExperiment, cases: Sequence[Record], args: a
     console.print(f"strengthened: {strengthened}; not accepted at any strength: {failed}")
 
 
-def edits_hold(
-    experiment: EditingExperiment, cases: Sequence[Record], weights: WeightOverrides
-) -> list[bool]:
-    return [r[0] == 1.0 for r in experiment.measure(cases, weights)]
+def edits_hold(experiment: EditingExperiment, cases: Sequence[Record], patch: PatchSet) -> list[bool]:
+    return [r[0] == 1.0 for r in experiment.measure(cases, patch)]
 
 
 def bench_pairs(experiment: EditingExperiment, cases: Sequence[Record], args: argparse.Namespace) -> None:
@@ -196,8 +195,8 @@ def bench_pairs(experiment: EditingExperiment, cases: Sequence[Record], args: ar
     table = Table(title=f"{len(chosen) // 2} pairs of one subject, all {len(chosen)} edits active")
     for name in ("composition", "both hold", "first", "second"):
         table.add_column(name, justify="right")
-    for name, weights in composition_variants(experiment, edits, chosen, args).items():
-        holds = edits_hold(experiment, chosen, weights)
+    for name, patch in composition_variants(experiment, edits, chosen, args).items():
+        holds = edits_hold(experiment, chosen, patch)
         first, second = holds[::2], holds[1::2]
         both = sum(a and b for a, b in zip(first, second, strict=True))
         n = len(first)
@@ -207,9 +206,7 @@ def bench_pairs(experiment: EditingExperiment, cases: Sequence[Record], args: ar
     console.print(table)
 
 
-def sum_rank_one_updates(
-    experiment: EditingExperiment, edits: Iterable[list[Association]]
-) -> WeightOverrides:
+def sum_rank_one_updates(experiment: EditingExperiment, edits: Iterable[list[Association]]) -> PatchSet:
     """Return the sum of the rank-one updates, each computed alone."""
     total: dict[int, LowRank] = {}
     for a in (x for group in edits for x in group):
@@ -223,32 +220,30 @@ def sum_rank_one_updates(
             )
         )
     conv1d = experiment.model.architecture.conv1d
-    return {
-        WeightRef(x): apply_delta(experiment.model.weight(x).data, change, conv1d)
-        for x, change in total.items()
-    }
+    return weights_patch(
+        {
+            WeightRef(x): apply_delta(experiment.model.weight(x).data, change, conv1d)
+            for x, change in total.items()
+        }
+    )
 
 
 def edit_sequentially(
     experiment: EditingExperiment, cases: Sequence[Record], compat: str | None, quiet: bool
-) -> WeightOverrides:
+) -> PatchSet:
     """Return weights edited as published: each edit is computed on the weights that contain the previous
     edits."""
-    weights: WeightOverrides = {}
+    patch = BASE
     conv1d = experiment.model.architecture.conv1d
     for i, c in enumerate(track(cases, f"sequential {compat or 'r-ROME'}", console=console, disable=quiet)):
-        with experiment.replica.use_weights(weights):
+        with experiment.replica.use_patch(patch):
             associations = experiment.compute_associations(c, f"{i:04}", compat=compat)
-            weights = {
-                **weights,
-                **{
-                    a.weight_ref: apply_delta(
-                        experiment.model.parameter(a.weight_ref).data, a.rank_one(), conv1d
-                    )
-                    for a in associations
-                },
+            updated = {
+                a.weight_ref: apply_delta(experiment.model.parameter(a.weight_ref).data, a.rank_one(), conv1d)
+                for a in associations
             }
-    return weights
+            patch = weights_patch({**patch.weights, **updated})
+    return patch
 
 
 def choose_strengths(
@@ -276,13 +271,13 @@ def composition_variants(
     edits: list[list[Association]],
     cases: Sequence[Record],
     args: argparse.Namespace,
-) -> dict[str, WeightOverrides]:
+) -> dict[str, PatchSet]:
     """Return the weights of each way to compose many edits."""
     all_associations = [a for group in edits for a in group]
     strengthened_associations = choose_strengths(experiment, edits, cases, args.strengths)
     result = {
-        "joint, strengthened": experiment.replica.compose_weights(strengthened_associations),
-        "joint": experiment.replica.compose_weights(all_associations),
+        "joint, strengthened": experiment.replica.compose_patch(strengthened_associations),
+        "joint": experiment.replica.compose_patch(all_associations),
         "factors summed": sum_rank_one_updates(experiment, edits),
     }
     if not args.fast:
@@ -305,14 +300,14 @@ def bench_many(experiment: EditingExperiment, cases: Sequence[Record], args: arg
     table = Table(title=f"{len(chosen)} edits active at once ({experiment.model.name})")
     for name in ("composition", "ES", "PS", "NS", "S", "S, 95 % interval", "perplexity before", "after"):
         table.add_column(name, justify="right")
-    before = experiment.loss({}, texts)
-    for name, weights in composition_variants(experiment, edits, chosen, args).items():
-        records = experiment.measure(chosen, weights)
+    before = experiment.loss(BASE, texts)
+    for name, patch in composition_variants(experiment, edits, chosen, args).items():
+        records = experiment.measure(chosen, patch)
         whole = [r for r in records if not any(map(math.isnan, r))]
         means = [bootstrap_mean([r[i] for r in records if not math.isnan(r[i])])[0] for i in range(3)]
         score, low, high = bootstrap_score(whole)
         row = [f"{100 * x:.1f}" for x in (*means, score)]
-        after = experiment.loss(weights, texts)
+        after = experiment.loss(patch, texts)
         table.add_row(name, *row, f"{100 * low:.1f} to {100 * high:.1f}", f"{before:.3f}", f"{after:.3f}")
     console.print(table)
     check_revert_all(experiment, edits)
@@ -326,11 +321,11 @@ def check_revert_all(experiment: EditingExperiment, edits: list[list[Association
     order = random.Random(0).sample(sorted(active), len(active))
     for i in order:
         del active[i]
-        weights = experiment.replica.compose_weights(a for group in active.values() for a in group)
-    with experiment.replica.use_weights(weights):
+        patch = experiment.replica.compose_patch(a for group in active.values() for a in group)
+    with experiment.replica.use_patch(patch):
         same = all(torch.equal(experiment.model.weight(x).data, w) for x, w in base.items())
     console.print(
-        f"all {len(edits)} reverted in random order: weights {'equal' if same else 'DIFFER FROM'} the base"
+        f"all {len(edits)} reverted in random order: patch {'equal' if same else 'DIFFER FROM'} the base"
     )
 
 

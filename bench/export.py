@@ -76,6 +76,9 @@ class InMemoryLedger:
     def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]:
         return {name: serialize_updates(self.edits[name].pieces) for name in edits}
 
+    def gate_space(self, digest: str) -> bytes:
+        raise KeyError(digest)
+
     def attest(self, version: int, digest: str) -> None:
         """Accept every digest."""
 
@@ -141,7 +144,7 @@ def measure_adapter(
     manifest = run_to_completion(
         export_version(replica, texts, WorkerExportRequest(version=version, format="peft"), file)
     )
-    with replica.use_weights(replica.weights(version)):
+    with replica.use_patch(replica.patch(version)):
         edited = logits(base.model, base, texts)
     edit_difference = float((edited - logits(base.model, base, texts)).abs().max())
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():

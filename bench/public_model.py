@@ -46,7 +46,7 @@ from service.editing.description import describe_subjects, measure_descriptions
 from service.editing.greedy_text import generate_greedy
 from service.editing.probes import Probe, name_share, probe_fits, run_probes
 from service.editing.restatement import name_prompt
-from service.engine.versioned_model import EmptyLedger, VersionedModel, WeightOverrides
+from service.engine.versioned_model import EmptyLedger, VersionedModel
 from service.evaluation.measuring import score_records
 from service.evaluation.strengths import choose_group_strengths, choose_strength_alone
 from service.kit.answer import answer_object
@@ -54,6 +54,7 @@ from service.kit.artifact_store import DirectoryStore
 from service.kit.steps import run_to_completion
 from service.kit.text import begins_with, fill_prompt, mentions
 from service.models.scoring import score_targets
+from service.patches.patch import BASE, PatchSet
 from service.recipes.recipe import resolve_hparams
 from service.recipes.strength_schedule import StrengthSchedule, strength_schedule
 from service.scores.scores import harmonic_mean
@@ -161,7 +162,7 @@ class PublicModelExperiment:
         parameters = resolve_hparams(self.context.recipe, self.hparams, self.model.num_layers, "rome")
         return strength_schedule(parameters, parameters.strengths, active, self.model.intermediate_size)
 
-    def says(self, record: Record, weights: WeightOverrides) -> Says:
+    def says(self, record: Record, patch: PatchSet) -> Says:
         """Return the greedy texts of a version about a record."""
         chat = self.model.chat_format
         assert chat is not None
@@ -172,7 +173,7 @@ class PublicModelExperiment:
         neighbors = [n.prompt for n in record.neighbours[:NEIGHBORS]]
         prompts = [record.text, *paraphrases, *conversations, *neighbors]
         generating = generate_greedy(self.model, prompts, ANSWER_TOKENS)
-        found = run_to_completion(self.replica.step_with_weights(weights, generating))
+        found = run_to_completion(self.replica.step_with_patch(patch, generating))
         texts = iter([t.text for t in found])
         return Says(
             next(texts),
@@ -182,12 +183,12 @@ class PublicModelExperiment:
             list(texts),
         )
 
-    def measure(self, record: Record, weights: WeightOverrides, before: Says) -> dict[str, Any]:
+    def measure(self, record: Record, patch: PatchSet, before: Says) -> dict[str, Any]:
         """Return the measures of a record at a version."""
-        (scores,) = run_to_completion(score_records(self.replica, [record], weights))
+        (scores,) = run_to_completion(score_records(self.replica, [record], patch))
         row: dict[str, Any] = {k: v for k, v in scores.measures().items() if k in ("ES", "PS", "NS")}
-        row |= self.measure_subject(record, weights)
-        after = self.says(record, weights)
+        row |= self.measure_subject(record, patch)
+        after = self.says(record, patch)
         new, true, subject = record.target_new, str(record.target_true), record.subject
         paraphrases = [mentions(text, new) for text in after.paraphrases]
         has_new = [mentions(text, new) for text in after.chat]
@@ -211,18 +212,18 @@ class PublicModelExperiment:
         }
         return row
 
-    def measure_subject(self, record: Record, weights: WeightOverrides) -> dict[str, float | None]:
+    def measure_subject(self, record: Record, patch: PatchSet) -> dict[str, float | None]:
         """Return the two figures of the guard about the subject: the probability of its name where the model restates
         the fact, as a share of that of the base model, and the divergence of its description."""
         prompt, separator = name_prompt(self.model, fill_prompt(record.prompt, record.subject))
         probe, share = Probe(prompt, record.subject, record.subject, separator=separator), None
         if probe_fits(self.model, probe):
             (before,) = run_to_completion(run_probes(self.model, [probe]))
-            probing = self.replica.step_with_weights(weights, run_probes(self.model, [probe]))
+            probing = self.replica.step_with_patch(patch, run_probes(self.model, [probe]))
             (after,) = run_to_completion(probing)
             share = name_share(before, after)
         descriptions = run_to_completion(describe_subjects(self.model, [record.subject]))
-        (kl,) = run_to_completion(measure_descriptions(self.replica, weights, descriptions))
+        (kl,) = run_to_completion(measure_descriptions(self.replica, patch, descriptions))
         return {"subject_name": share, "description_kl": kl}
 
 
@@ -244,9 +245,9 @@ def run_single(experiment: PublicModelExperiment, records: Sequence[Record]) -> 
         before = base_says(experiment, record, number)
         updates, seconds = experiment.find_updates(record, number)
         strength = experiment.choose_strength(record, updates)
-        weights = experiment.replica.compose_weights(u.scaled(strength) for u in updates)
+        patch = experiment.replica.compose_patch(u.scaled(strength) for u in updates)
         about = {"seconds": seconds, "strength": strength, "record": record.name}
-        return experiment.measure(record, weights, before) | about
+        return experiment.measure(record, patch, before) | about
 
     return [
         experiment.stored(f"alone-{number}.json", partial(row, number, record))
@@ -256,7 +257,7 @@ def run_single(experiment: PublicModelExperiment, records: Sequence[Record]) -> 
 
 def base_says(experiment: PublicModelExperiment, record: Record, number: int) -> Says:
     """Return what the base model says about a record."""
-    return Says(**experiment.stored(f"base-{number}.json", lambda: vars(experiment.says(record, {}))))
+    return Says(**experiment.stored(f"base-{number}.json", lambda: vars(experiment.says(record, BASE))))
 
 
 def run_active(
@@ -268,10 +269,10 @@ def run_active(
         f"strengths-{count}.json", lambda: experiment.choose_strengths(records[:count], groups)
     )
     scaled = [u.scaled(s) for updates, s in zip(groups, strengths, strict=True) for u in updates]
-    weights = experiment.replica.compose_weights(scaled)
+    patch = experiment.replica.compose_patch(scaled)
 
     def row(number: int, record: Record) -> dict[str, Any]:
-        return experiment.measure(record, weights, base_says(experiment, record, number))
+        return experiment.measure(record, patch, base_says(experiment, record, number))
 
     return [
         experiment.stored(f"active-{count}-{number}.json", partial(row, number, record))

@@ -79,6 +79,9 @@ class InMemoryLedger:
     def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]:
         return {e: self.packed[int(e)] for e in edits}
 
+    def gate_space(self, digest: str) -> bytes:
+        raise KeyError(digest)
+
     def attest(self, version: int, digest: str) -> None:
         """Accept every digest."""
 

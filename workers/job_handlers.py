@@ -85,8 +85,8 @@ def run_trace(replica: VersionedModel, job_store: JobStore, job: ClaimedJob) -> 
         mentions=request.mentions,
         separator=request.separator,
     )
-    weights = yield from replica.weights_in_steps(version)
-    result = yield from replica.step_with_weights(weights, steps)
+    patch = yield from replica.patch_in_steps(version)
+    result = yield from replica.step_with_patch(patch, steps)
     yield from retry_while_unavailable(
         partial(job_store.finish, job, "done", {**result.to_json(), "version": version})
     )

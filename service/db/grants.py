@@ -14,7 +14,7 @@ from service.db.models import Base
 from service.errors import Misconfigured
 
 READ_ONLY_TABLES = ("alembic_version",)
-APPEND_ONLY_TABLES = ("audit_records", "factors", "ledger")
+APPEND_ONLY_TABLES = ("audit_records", "factors", "gate_spaces", "ledger")
 TABLES_WITHOUT_DELETE = ("api_keys", "models")
 
 

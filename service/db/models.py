@@ -151,6 +151,15 @@ class StoredFactors(Base):
     sha256: Mapped[str]
 
 
+class StoredGateSpace(Base):
+    """The space of the gates of edits (`service/gating/gate_space.py`), as safetensors. Its digest is its content."""
+
+    __tablename__ = "gate_spaces"
+
+    digest: Mapped[str] = mapped_column(primary_key=True)
+    data: Mapped[bytes]
+
+
 class JobArtifact(Base):
     """Named bytes that belong to a job (`service/jobs/artifacts.py`)."""
 

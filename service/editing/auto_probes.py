@@ -87,9 +87,9 @@ class AutoProbes:
         subjects = yield from self._like_subjects(version)
         prompts = [fill_prompt(self._request.prompt, subject.name).text for subject in subjects]
         relations = yield from self._other_relations()
-        weights = yield from self._replica.weights_in_steps(version)
+        patch = yield from self._replica.patch_in_steps(version)
         generating = generate_greedy(self._model, [*prompts, *relations])
-        texts = yield from self._replica.step_with_weights(weights, generating)
+        texts = yield from self._replica.step_with_patch(patch, generating)
         answered = zip(subjects, prompts, texts[: len(prompts)], strict=True)
         found = self._with_answers((p, t, subject.source, subject.name) for subject, p, t in answered)
         found = found[:MAX_NEIGHBORS]

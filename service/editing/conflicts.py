@@ -63,8 +63,8 @@ def find_conflict_candidates(
         for q in probes.values()
         for other in (q.new, q.true)
     ]
-    new_edit_weights = yield from replica.compose_weights_in_steps(updates)
-    results = yield from replica.step_with_weights(new_edit_weights, run_probes(replica.base, pair_probes))
+    new_edit_patch = yield from replica.compose_patch_in_steps(updates)
+    results = yield from replica.step_with_patch(new_edit_patch, run_probes(replica.base, pair_probes))
     return [
         ConflictCandidate(
             edit,

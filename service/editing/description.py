@@ -15,12 +15,13 @@ from torch import Tensor
 
 from service.editing.greedy_text import generate_greedy
 from service.editing.restatement import PLAIN_INTRODUCTION
-from service.engine.versioned_model import VersionedModel, WeightOverrides
+from service.engine.versioned_model import VersionedModel
 from service.errors import InvalidInput
 from service.kit.steps import Phase, Progress, Stepper
 from service.models.loading import LoadedModel
 from service.models.precision import at_least_fp32
 from service.models.token_batch import forward, pad
+from service.patches.patch import PatchSet
 
 DESCRIPTION_TOKENS = 16
 ROWS_PER_STEP = 8  # descriptions whose distributions are computed together
@@ -67,20 +68,20 @@ def _tokenize_description(model: LoadedModel, prompt: str, text: str) -> Descrip
 
 
 def measure_descriptions(
-    replica: VersionedModel, weights: WeightOverrides, descriptions: Sequence[Description | None]
+    replica: VersionedModel, patch: PatchSet, descriptions: Sequence[Description | None]
 ) -> Stepper[list[float | None]]:
-    """Return the mean divergence of each description from the base model to a version with these weights."""
+    """Return the mean divergence of each description from the base model to a version with these patches."""
     known = [d for d in descriptions if d is not None]
-    divergences = [] if weights else [0.0] * len(known)
+    divergences = [] if patch.patches else [0.0] * len(known)
     while len(divergences) < len(known):
-        divergences += _divergences(replica, weights, known[len(divergences) :][:ROWS_PER_STEP])
+        divergences += _divergences(replica, patch, known[len(divergences) :][:ROWS_PER_STEP])
         yield Progress(Phase.DRIFT, len(divergences), len(known))
     measured = iter(divergences)
     return [None if d is None else next(measured) for d in descriptions]
 
 
 def _divergences(
-    replica: VersionedModel, weights: WeightOverrides, descriptions: Sequence[Description]
+    replica: VersionedModel, patch: PatchSet, descriptions: Sequence[Description]
 ) -> list[float]:
     model = replica.base
     batch = pad([d.ids for d in descriptions], model, side="left")
@@ -91,7 +92,7 @@ def _divergences(
 
     with torch.no_grad():
         base = log_probs()
-        with replica.use_weights(weights):
+        with replica.use_patch(patch):
             changed = log_probs()
         divergence = (base.exp() * (base - changed)).sum(-1).double()
     return [float(row[-d.predicted :].mean()) for row, d in zip(divergence, descriptions, strict=True)]

@@ -131,12 +131,12 @@ def _try_layer(
         (factors,) = yield from find_batch_factors(replica.base, statistics, [spec])
     except InvalidInput as error:
         return LayerTrial(layer, reason=error.detail)
-    weights = yield from replica.compose_weights_in_steps(factors.updates)
+    patch = yield from replica.compose_patch_in_steps(factors.updates)
     unseen = yield from _unseen_probes(replica, context, resolved_edit)
     probes = [*resolved_edit.probes, *unseen]
-    results = yield from replica.step_with_weights(weights, run_probes(replica.base, probes))
+    results = yield from replica.step_with_patch(patch, run_probes(replica.base, probes))
     drift = yield from measure_drift(
-        replica.base, _texts_to_keep(context, resolved_edit), partial(replica.use_weights, weights)
+        replica.base, _texts_to_keep(context, resolved_edit), partial(replica.use_patch, patch)
     )
     shares = [_share(probe, result) for probe, result in zip(probes, results, strict=True)]
     first, end = resolved_edit.first_neighbor, len(resolved_edit.probes)
@@ -148,7 +148,7 @@ def _try_layer(
     specificity = _mean([*([_mean(kept)] if kept else []), math.exp(-max(0.0, drift.kl))])
     scores = (efficacy, generality, specificity)
     if not all(map(math.isfinite, (*scores, drift.kl))):
-        return LayerTrial(layer, reason="the edited weights give no finite probabilities")
+        return LayerTrial(layer, reason="the edited patch give no finite probabilities")
     return LayerTrial(
         layer,
         *scores,

@@ -26,12 +26,13 @@ from service.editing.guard import (
     superseded_by_conflict,
 )
 from service.editing.probes import Probe, edit_holds, probe_of_entry, run_probes
-from service.engine.versioned_model import VersionedModel, WeightOverrides
+from service.engine.versioned_model import VersionedModel
 from service.errors import AlreadySays
 from service.kit.steps import Phase, Progress, Stepper
 from service.kit.text import fact_key, normalize_whitespace
 from service.models.loading import LoadedModel, WeightRef
 from service.models.scoring import compute_perplexity
+from service.patches.patch import PatchSet
 from service.recipes.strength_schedule import StrengthSchedule, strength_schedule
 from service.weights.capacity import measure_capacities
 from service.weights.composition import is_change_in_range, is_in_range
@@ -90,22 +91,22 @@ def measure_baseline(
     active = {edit: active_updates[edit] for edit in bodies}
     regression_probes = {edit: probe_of_entry(bodies[edit]) for edit in _nearest_edits(active, candidates)}
     resolved_edits = [d.resolved_edit for d in candidates]
-    weights = yield from replica.weights_in_steps(version)
-    measurements = yield from replica.step_with_weights(
-        weights, measure_version(replica, context, resolved_edits, regression_probes, version)
+    patch = yield from replica.patch_in_steps(version)
+    measurements = yield from replica.step_with_patch(
+        patch, measure_version(replica, context, resolved_edits, regression_probes, version)
     )
     other_updates = [a for group in active.values() for a in group]
     if len(active) < len(active_updates) and any(p.request.objective != "write" for p in resolved_edits):
         rewrite_probing = run_probes(replica.base, [p.rewrite_probe for p in resolved_edits])
-        weights = yield from replica.compose_weights_in_steps(other_updates)
-        bare_results = yield from replica.step_with_weights(weights, rewrite_probing)
+        patch = yield from replica.compose_patch_in_steps(other_updates)
+        bare_results = yield from replica.step_with_patch(patch, rewrite_probing)
         measurements = [
             replace(m, rewrite_without_superseded=answer)
             for m, answer in zip(measurements, bare_results, strict=True)
         ]
     descriptions = yield from describe_subjects(replica.base, [p.request.subject for p in resolved_edits])
     measurements = yield from _with_descriptions(
-        replica, (yield from replica.weights_in_steps(version)), descriptions, measurements
+        replica, (yield from replica.patch_in_steps(version)), descriptions, measurements
     )
     new_updates = [d.factors.updates for d in candidates]
     capacity = yield from measure_capacities(new_updates, other_updates)
@@ -125,12 +126,12 @@ def measure_baseline(
 
 def _with_descriptions(
     replica: VersionedModel,
-    weights: WeightOverrides,
+    patch: PatchSet,
     descriptions: Sequence[Description | None],
     measurements: Sequence[VersionMeasurement],
 ) -> Stepper[list[VersionMeasurement]]:
     """Add to the measurements of a version how far it changes the descriptions of the subjects."""
-    divergences = yield from measure_descriptions(replica, weights, descriptions)
+    divergences = yield from measure_descriptions(replica, patch, descriptions)
     return [replace(m, description_kl=kl) for m, kl in zip(measurements, divergences, strict=True)]
 
 
@@ -154,8 +155,8 @@ def require_other_answer(replica: VersionedModel, resolved_edit: ResolvedEdit, v
     (result,) = yield from run_probes(replica.base, [probe])
     if not result.new_is_greedy:
         return
-    weights = yield from replica.weights_in_steps(version)
-    (result,) = yield from replica.step_with_weights(weights, run_probes(replica.base, [probe]))
+    patch = yield from replica.patch_in_steps(version)
+    (result,) = yield from replica.step_with_patch(patch, run_probes(replica.base, [probe]))
     if result.new_is_greedy:
         raise AlreadySays(
             f"the model already answers {probe.new!r}, so that there is nothing to change: to make the answer more "
@@ -219,14 +220,14 @@ def evaluate_candidates(
         [p.scaled(s) for p in d.factors.updates] for d, s in zip(candidates, strengths, strict=True)
     ]
     all_updates = baseline.active_updates + [a for group in scaled_updates for a in group]
-    weights = yield from replica.compose_weights_in_steps(all_updates)
+    patch = yield from replica.compose_patch_in_steps(all_updates)
     yield Progress(Phase.COMPOSE, 1, 1)
     resolved_edits = [d.resolved_edit for d in candidates]
-    after = yield from replica.step_with_weights(
-        weights, measure_version(replica, context, resolved_edits, baseline.regression_probes)
+    after = yield from replica.step_with_patch(
+        patch, measure_version(replica, context, resolved_edits, baseline.regression_probes)
     )
-    after = yield from _with_descriptions(replica, weights, baseline.descriptions, after)
-    weights_in_range = {weight_ref for weight_ref, weight in weights.items() if is_in_range(weight)}
+    after = yield from _with_descriptions(replica, patch, baseline.descriptions, after)
+    weights_in_range = {weight_ref for weight_ref, weight in patch.weights.items() if is_in_range(weight)}
     guard_results: list[GuardResult] = []
     for i, (candidate, group) in enumerate(zip(candidates, scaled_updates, strict=True)):
         norms = _norm_ratios(replica, baseline, group, weights_in_range)

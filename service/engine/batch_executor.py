@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 
 from service.engine.decoding import DecodingBatch, DecodingSequence, TokenOutput
 from service.engine.scheduler import BatchKey, Scheduler
-from service.engine.versioned_model import VersionedModel, WeightOverrides
+from service.engine.versioned_model import VersionedModel
 from service.kit import metrics
+from service.patches.patch import PatchSet
 
 log = logging.getLogger(__name__)
 
@@ -20,19 +21,19 @@ class BatchExecutor:
     def __init__(self, replica: VersionedModel, scheduler: Scheduler) -> None:
         self._replica = replica
         self._scheduler = scheduler
-        self._weights: dict[int, WeightOverrides] = {}
+        self._patches: dict[int, PatchSet] = {}
         self._batches: dict[BatchKey, DecodingBatch] = {}
 
     def add(
         self,
         version: int,
-        weights: WeightOverrides,
+        patch: PatchSet,
         sequences: Sequence[DecodingSequence],
         caller: str,
         cost: float,
     ) -> None:
         """Admit the sequences of a call (see `Scheduler.add`)."""
-        self._weights.setdefault(version, weights)
+        self._patches.setdefault(version, patch)
         self._scheduler.add(version, sequences, caller, cost)
 
     def step(self) -> Iterator[list[TokenOutput]]:
@@ -52,14 +53,14 @@ class BatchExecutor:
             yield outputs
         for key in self._batches.keys() - self._scheduler.batches():
             del self._batches[key]
-        for version in self._weights.keys() - self._scheduler.versions():
-            del self._weights[version]
+        for version in self._patches.keys() - self._scheduler.versions():
+            del self._patches[version]
 
     def _step_batch(self, key: BatchKey, batch: DecodingBatch, phase: str) -> list[TokenOutput]:
         """Step a batch. When that fails, its sequences are prefilled again one by one; one that fails alone ends."""
         started = time.monotonic()
         try:
-            with self._replica.use_weights(self._weights[key.version]):
+            with self._replica.use_patch(self._patches[key.version]):
                 return _step_with_metrics(phase, batch)
         except Exception:
             log.exception("decode failed", extra={"version": key.version, "rows": len(batch)})

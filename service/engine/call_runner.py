@@ -28,7 +28,7 @@ from service.engine.decoding import DecodingSequence, TokenOutput, new_sequences
 from service.engine.outbox import Outbox
 from service.engine.scheduler import MAX_LIGHT_SEQUENCES, MAX_PREFILL_TOKENS, Scheduler
 from service.engine.step_guard import check_step
-from service.engine.versioned_model import VersionedModel, WeightOverrides
+from service.engine.versioned_model import VersionedModel
 from service.errors import (
     Cancelled,
     DigestMismatch,
@@ -44,6 +44,7 @@ from service.kit.time_share import TimeShare
 from service.kit.versions import resolve_version
 from service.kit.virtual_times import VirtualTimes
 from service.models import memory_estimates
+from service.patches.patch import PatchSet
 from service.schemas import WorkerCompareRequest, WorkerGenerateRequest
 
 log = logging.getLogger(__name__)
@@ -176,8 +177,8 @@ class CallRunner:
         )
         generation = RunningGeneration(delivery, request, version, sequences)
 
-        def begin(weights: dict[int, WeightOverrides]) -> None:
-            self._executor.add(version, weights[version], sequences, delivery.caller, delivery.cost)
+        def begin(patch: dict[int, PatchSet]) -> None:
+            self._executor.add(version, patch[version], sequences, delivery.caller, delivery.cost)
 
         self._sequence_owners |= {s: (generation, i) for i, s in enumerate(sequences)}
         return PendingAdmission(generation, (version,), begin)
@@ -186,16 +187,16 @@ class CallRunner:
         request = WorkerCompareRequest.model_validate(delivery.payload)
         head = self._replica.head()
         a, b = (resolve_version(v, head) for v in request.versions)
-        weights: dict[int, WeightOverrides] = {}
+        patch: dict[int, PatchSet] = {}
 
         def stepper() -> Stepper[dict[str, Any]]:
-            sides = ((a, weights[a]), (b, weights[b]))
-            return (yield from run_comparison(self._replica.base, self._replica.use_weights, request, sides))
+            sides = ((a, patch[a]), (b, patch[b]))
+            return (yield from run_comparison(self._replica.base, self._replica.use_patch, request, sides))
 
         comparison = RunningComparison(delivery, stepper())
 
-        def begin(built: dict[int, WeightOverrides]) -> None:
-            weights.update(built)
+        def begin(built: dict[int, PatchSet]) -> None:
+            patch.update(built)
             self._comparisons.append(comparison)
             self._comparison_times.activate(delivery.caller)
 
@@ -205,14 +206,14 @@ class CallRunner:
         """Start a call whose versions are built already; queue it otherwise."""
         for version in admission.versions:
             if self._replica.is_built(version):
-                admission.weights[version] = self._replica.built_weights(version)
+                admission.patches[version] = self._replica.built_patch(version)
         if admission.next_version is None:
             self._begin(admission)
         else:
             self._admissions.append(admission)
 
     def _begin(self, admission: PendingAdmission) -> None:
-        admission.start(admission.weights)
+        admission.start(admission.patches)
         if isinstance(admission.call, RunningGeneration):
             crash_points.crash_point("generate.after_admit")
 
@@ -226,7 +227,7 @@ class CallRunner:
             if version is not None:
                 if not self._replica.advance_build(version):
                     return
-                admission.weights[version] = self._replica.built_weights(version)
+                admission.patches[version] = self._replica.built_patch(version)
             if admission.next_version is None:
                 self._admissions.popleft()
                 self._begin(admission)

@@ -9,12 +9,12 @@ from typing import Any
 
 from service.engine.decoding import DecodingSequence
 from service.engine.logprobs import to_openai
-from service.engine.versioned_model import WeightOverrides
 from service.jobs.broker import Delivery
 from service.jobs.job_store import ClaimedJob
 from service.kit import metrics
 from service.kit.ids import created_at
 from service.kit.steps import Stepper
+from service.patches.patch import PatchSet
 from service.schemas import WorkerGenerateRequest
 
 
@@ -113,13 +113,13 @@ class PendingAdmission:
 
     call: RunningCall
     versions: tuple[int, ...]
-    start: Callable[[dict[int, WeightOverrides]], None]
-    weights: dict[int, WeightOverrides] = field(default_factory=dict)
+    start: Callable[[dict[int, PatchSet]], None]
+    patches: dict[int, PatchSet] = field(default_factory=dict)
 
     @property
     def next_version(self) -> int | None:
         """The next version to build; None when all are built."""
-        return next((v for v in self.versions if v not in self.weights), None)
+        return next((v for v in self.versions if v not in self.patches), None)
 
 
 def log_fields(item: Delivery | ClaimedJob) -> dict[str, str]:

@@ -10,22 +10,22 @@ from typing import Any
 from torch import Tensor
 
 from service.engine.decoding import DecodingBatch, DecodingSequence, new_sequence, next_token_distribution
-from service.engine.versioned_model import WeightOverrides
 from service.errors import Unavailable
 from service.kit.steps import Phase, Progress, Stepper
 from service.models.loading import LoadedModel
+from service.patches.patch import PatchSet
 from service.schemas import WorkerCompareRequest
 
 #: a version and its weights
-VersionWeights = tuple[int, WeightOverrides]
-UseWeights = Callable[[WeightOverrides], AbstractContextManager[LoadedModel]]
+VersionPatch = tuple[int, PatchSet]
+UsePatch = Callable[[PatchSet], AbstractContextManager[LoadedModel]]
 
 
 def run_comparison(
     model: LoadedModel,
-    use_weights: UseWeights,
+    use_patch: UsePatch,
     request: WorkerCompareRequest,
-    sides: tuple[VersionWeights, VersionWeights],
+    sides: tuple[VersionPatch, VersionPatch],
 ) -> Stepper[dict[str, Any]]:
     """Return the event "end" of a comparison. Each step is one forward pass on each side."""
     started = time.monotonic()
@@ -35,13 +35,13 @@ def run_comparison(
         sequence.end_ids = frozenset(request.end_token_ids)
     batches = [DecodingBatch(model, [r]) for r in sequences]
     p: list[Tensor] = []
-    for _, weights in sides:
-        with use_weights(weights):
+    for _, patch in sides:
+        with use_patch(patch):
             p.append(next_token_distribution(model, sequences[0].prompt_ids))
     yield Progress(Phase.COMPARE, 0, sequences[0].max_new_tokens)
     while any(map(len, batches)):
-        for batch, (_, weights) in zip(batches, sides, strict=True):
-            with use_weights(weights):
+        for batch, (_, patch) in zip(batches, sides, strict=True):
+            with use_patch(patch):
                 batch.step()
         yield Progress(Phase.COMPARE, max(len(r.output_ids) for r in sequences), sequences[0].max_new_tokens)
     return {

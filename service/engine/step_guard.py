@@ -12,7 +12,7 @@ class StepGuardError(RuntimeError):
 
 def check_step(replica: VersionedModel, step: str) -> None:
     """Raise StepGuardError, which names the step, when it left a hook or edited weights in place."""
-    hooks, weights = installed_hooks(), replica.edited_weights
+    hooks, weights = installed_hooks(), replica.applied_patches
     if hooks or weights:
         raise StepGuardError(
             f"the step {step!r} left {hooks} hooks and {weights} edited weights in place. A stepper must close its "

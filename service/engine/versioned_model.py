@@ -20,17 +20,20 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from service.gating.gate_space import GateSpace, deserialize_gate_space
+from service.gating.gated_rows import build_gated_rows
 from service.kit import metrics
 from service.kit.steps import Phase, Progress, Stepper, advance, run_to_completion, step_within
 from service.kit.text import normalize_whitespace
 from service.models import memory_estimates
 from service.models.loading import LoadedModel, WeightRef
+from service.patches.gated_patch import GatedPatch
+from service.patches.patch import BASE, PatchSet, weights_patch
 from service.weights.capacity import average_capacities_in_steps
 from service.weights.composition import apply_delta_in_steps, compose_in_steps
-from service.weights.factors import Association, EditUpdate, deserialize_updates
+from service.weights.factors import Association, EditUpdate, deserialize_updates, gate_of
 
 T = TypeVar("T")
-WeightOverrides = Mapping[WeightRef, Tensor]  # edited tensors by weight; empty for the base model
 MAX_CACHED_VERSIONS = 8  # versions whose weights are cached
 CACHE_FRACTION = 0.1  # of the memory that is free at the start, for each cache
 DEFAULT_CACHE_BYTES = 2**30  # for each cache, where the free memory is unknown
@@ -47,6 +50,8 @@ class ReplicaLedger(Protocol):
 
     def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]: ...
 
+    def gate_space(self, digest: str) -> bytes: ...
+
 
 class EmptyLedger:
     """A ledger without entries, for computations that compose edits themselves and commit none."""
@@ -59,6 +64,9 @@ class EmptyLedger:
 
     def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]:
         return {}
+
+    def gate_space(self, digest: str) -> bytes:
+        raise KeyError(digest)
 
 
 @dataclass
@@ -92,7 +100,7 @@ class VersionedModel:
     ) -> None:
         self.base = model
         self.ledger = ledger
-        self.edited_weights = 0  #: weights of the model that are not in their base state now
+        self.applied_patches = 0  #: patches that are in place now
         self._attest = attest
         self._max_cached_versions = max_cached_versions
         self._max_weight_bytes = max_weight_bytes or _default_cache_bytes(
@@ -101,13 +109,13 @@ class VersionedModel:
         self._max_factor_bytes = max_factor_bytes or _default_cache_bytes(
             memory_estimates.free_bytes(torch.device("cpu"))
         )
-        self._weights: OrderedDict[int, WeightOverrides] = OrderedDict()
+        self._patches: OrderedDict[int, PatchSet] = OrderedDict()
+        self._spaces: dict[str, GateSpace] = {}
         self._attested: dict[int, str] = {}
         self._builds: dict[int, _VersionBuild] = {}
         self._updates: OrderedDict[str, list[EditUpdate]] = OrderedDict()
         self._factor_bytes = 0
-        self._parameters = {site: model.parameter(site) for site in model.editable_weights}
-        self._original = {site: parameter.data for site, parameter in self._parameters.items()}
+        self._original = {site: model.parameter(site).data for site in model.editable_weights}
 
     def head(self) -> int:
         """Return the newest version of the ledger."""
@@ -147,50 +155,76 @@ class VersionedModel:
 
     # weights of a version
 
-    def compose_weights(self, updates: Iterable[EditUpdate]) -> WeightOverrides:
-        """Run `compose_weights_in_steps` to completion."""
-        return run_to_completion(self.compose_weights_in_steps(updates))
+    def compose_patch(self, updates: Iterable[EditUpdate]) -> PatchSet:
+        """Run `compose_patch_in_steps` to completion."""
+        return run_to_completion(self.compose_patch_in_steps(updates))
 
-    def compose_weights_in_steps(self, updates: Iterable[EditUpdate]) -> Stepper[WeightOverrides]:
-        """Return the edited weights for a set of updates, from the base bytes."""
-        deltas = yield from compose_in_steps(updates)
+    def compose_patch_in_steps(self, updates: Iterable[EditUpdate]) -> Stepper[PatchSet]:
+        """Return the patches for a set of updates: the edited weights, computed from the base bytes, and the rows of
+        gated associations."""
+        updates = list(updates)
+        deltas = yield from compose_in_steps(u for u in updates if not gate_of(u) is not None)
         weights: dict[WeightRef, Tensor] = {}
         for site, delta in deltas.items():
             weights[site] = yield from apply_delta_in_steps(
                 self._original[site], delta, self.base.architecture.conv1d
             )
-        return weights
+        return PatchSet((*weights_patch(weights).patches, *self._gated_patches(updates)))
 
-    def weights(self, version: int) -> WeightOverrides:
-        """Run `weights_in_steps` to completion."""
-        return run_to_completion(self.weights_in_steps(version))
+    def _gated_patches(self, updates: Sequence[EditUpdate]) -> list[GatedPatch]:
+        """Return the rows of each layer and gate space, on the device of the layer."""
+        groups: dict[tuple[int, str], list[Association]] = {}
+        for u in updates:
+            if isinstance(u, Association) and u.gate is not None:
+                groups.setdefault((u.layer, u.gate.space), []).append(u)
+        return [
+            GatedPatch(build_gated_rows(self._gate_space(digest), group).to(self.base.weight(layer).device))
+            for (layer, digest), group in sorted(groups.items())
+        ]
 
-    def weights_in_steps(self, version: int) -> Stepper[WeightOverrides]:
-        """Return the edited weights of a version, attested. Raises DigestMismatch when other replicas hold other
+    def add_gate_space(self, space: GateSpace) -> None:
+        """Keep the space of gates that are not yet in the ledger."""
+        self._spaces[space.digest] = space
+
+    def _gate_space(self, digest: str) -> GateSpace:
+        if digest not in self._spaces:
+            self._spaces[digest] = deserialize_gate_space(self.ledger.gate_space(digest))
+        return self._spaces[digest]
+
+    def patch(self, version: int) -> PatchSet:
+        """Run `patch_in_steps` to completion."""
+        return run_to_completion(self.patch_in_steps(version))
+
+    def weights(self, version: int) -> Mapping[WeightRef, Tensor]:
+        """Return the edited weights of a version."""
+        return self.patch(version).weights
+
+    def patch_in_steps(self, version: int) -> Stepper[PatchSet]:
+        """Return the patches of a version, attested. Raises DigestMismatch when other replicas hold other
         bytes."""
         while not self.advance_build(version):
             yield Progress(Phase.COMPOSE, 0, 1)
-        return self.built_weights(version)
+        return self.built_patch(version)
 
     def attest_version(self, version: int) -> str:
         """Return the digest of a version, which is built and attested first if it is not yet."""
-        self.weights(version)
+        self.patch(version)
         return self._attested[version]
 
     def attested_digest(self, version: int) -> str:
         """Return the digest of a version that `advance_build` has built."""
         return self._attested[version]
 
-    def built_weights(self, version: int) -> WeightOverrides:
-        """Return the edited weights of a version that `advance_build` has built."""
+    def built_patch(self, version: int) -> PatchSet:
+        """Return the patches of a version that `advance_build` has built."""
         if version == 0:
-            return {}
-        self._weights.move_to_end(version)
-        return self._weights[version]
+            return BASE
+        self._patches.move_to_end(version)
+        return self._patches[version]
 
     def is_built(self, version: int) -> bool:
-        """Return whether the weights of a version are cached and attested."""
-        return version in self._attested and (version == 0 or version in self._weights)
+        """Return whether the patches of a version are cached and attested."""
+        return version in self._attested and (version == 0 or version in self._patches)
 
     def advance_build(self, version: int) -> bool:
         """Run one step of building a version. Return True when it is built and attested."""
@@ -211,51 +245,52 @@ class VersionedModel:
         return True
 
     def _build(self, version: int) -> Stepper[None]:
-        weights = yield from self._load_weights(version)
+        patch = yield from self._load_patch(version)
         if version not in self._attested:
-            digest = yield from self._digest_weights(weights)
+            digest = yield from self._digest_patch(patch)
             if self._attest is not None:
                 self._attest(version, digest)
             self._attested[version] = digest
-        self._cache_weights(version, weights)
+        self._cache_patch(version, patch)
 
-    def _load_weights(self, version: int) -> Stepper[WeightOverrides]:
-        """Return the weights of a version, not attested, from the cache or composed."""
-        if version not in self._weights:
-            weights = yield from self._compose_version(version)
-            self._cache_weights(version, weights)
-            return weights
-        return self._weights[version]
+    def _load_patch(self, version: int) -> Stepper[PatchSet]:
+        """Return the patches of a version, not attested, from the cache or composed."""
+        if version not in self._patches:
+            patch = yield from self._compose_version(version)
+            self._cache_patch(version, patch)
+            return patch
+        return self._patches[version]
 
-    def _compose_version(self, version: int) -> Stepper[WeightOverrides]:
+    def _compose_version(self, version: int) -> Stepper[PatchSet]:
         active = yield from self.active_updates_in_steps(version)
-        return (yield from self.compose_weights_in_steps(a for group in active.values() for a in group))
+        return (yield from self.compose_patch_in_steps(a for group in active.values() for a in group))
 
-    def _cache_weights(self, version: int, weights: WeightOverrides) -> None:
-        """Cache the weights of a version as the newest entry, which is never evicted itself."""
+    def _cache_patch(self, version: int, patch: PatchSet) -> None:
+        """Cache the patches of a version as the newest entry, which is never evicted itself."""
         if version == 0:
             return
-        self._weights[version] = weights
-        self._weights.move_to_end(version)
-        while len(self._weights) > 1 and (
-            len(self._weights) > self._max_cached_versions
-            or sum(map(_weight_bytes, self._weights.values())) > self._max_weight_bytes
+        self._patches[version] = patch
+        self._patches.move_to_end(version)
+        while len(self._patches) > 1 and (
+            len(self._patches) > self._max_cached_versions
+            or sum(p.nbytes for p in self._patches.values()) > self._max_weight_bytes
         ):
-            self._weights.popitem(last=False)
+            self._patches.popitem(last=False)
 
     def digest(self, version: int) -> str:
         """Return the digest of a version without attesting it."""
-        return run_to_completion(self._digest_weights(run_to_completion(self._load_weights(version))))
+        return run_to_completion(self._digest_patch(run_to_completion(self._load_patch(version))))
 
-    def _digest_weights(self, weights: WeightOverrides) -> Stepper[str]:
-        """Return the sha256 of the base model's fingerprint and the name and bytes of every weight that differs from
+    def _digest_patch(self, patch: PatchSet) -> Stepper[str]:
+        """Return the sha256 of the base model's fingerprint and the name and bytes of everything that differs from
         it."""
         digest = hashlib.sha256(self.base.fingerprint.encode())
+        unchanged = {self.base.parameter_name(ref): tensor for ref, tensor in self._original.items()}
         hashed = 0
-        for site, tensor in sorted(weights.items()):
-            if torch.equal(tensor, self._original[site]):
+        for name, tensor in patch.changed_tensors(self.base):
+            if name in unchanged and torch.equal(tensor, unchanged[name]):
                 continue  # an edit that changed no byte is the base
-            digest.update(self.base.parameter_name(site).encode())
+            digest.update(name.encode())
             data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
             for start in range(0, len(data), DIGEST_BYTES):
                 digest.update(data[start : start + DIGEST_BYTES])
@@ -277,35 +312,26 @@ class VersionedModel:
     # use
 
     @contextmanager
-    def use_weights(self, weights: WeightOverrides) -> Iterator[LoadedModel]:
-        """Put edited tensors in place inside the block. The base tensors are back afterwards, also after an error."""
-        edited: list[WeightRef] = []
+    def use_patch(self, patch: PatchSet) -> Iterator[LoadedModel]:
+        """Put patches in place inside the block. The base model is back afterwards, also after an error."""
+        self.applied_patches += len(patch.patches)
         try:
-            for site, tensor in weights.items():
-                self._parameters[site].data = tensor
-                edited.append(site)
-                self.edited_weights += 1
-            yield self.base
+            with patch.apply(self.base):
+                yield self.base
         finally:
-            for site in edited:
-                self._parameters[site].data = self._original[site]
-                self.edited_weights -= 1
+            self.applied_patches -= len(patch.patches)
 
-    def step_with_weights(self, weights: WeightOverrides, steps: Stepper[T]) -> Stepper[T]:
-        """Run the same steps with these weights in place during each of them, and the base weights in between."""
-        return step_within(steps, lambda: self.use_weights(weights))
+    def step_with_patch(self, patch: PatchSet, steps: Stepper[T]) -> Stepper[T]:
+        """Run the same steps with these patches in place during each of them, and the base model in between."""
+        return step_within(steps, lambda: self.use_patch(patch))
 
 
 def _default_cache_bytes(free: int | None) -> int:
     return DEFAULT_CACHE_BYTES if free is None else int(free * CACHE_FRACTION)
 
 
-def _weight_bytes(weights: WeightOverrides) -> int:
-    return sum(tensor.nbytes for tensor in weights.values())
-
-
 def _factor_bytes(updates: Sequence[EditUpdate]) -> int:
     return sum(
         u.key.nbytes + u.direction.nbytes + u.value.nbytes if isinstance(u, Association) else u.change.nbytes
         for u in updates
-    )
+    ) + sum(g.keys.nbytes + g.blocked.nbytes for u in updates if (g := gate_of(u)) is not None)

@@ -8,12 +8,13 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from service.engine.versioned_model import VersionedModel, WeightOverrides
+from service.engine.versioned_model import VersionedModel
 from service.evaluation.checkpointing import ArtifactKind, StageKind
 from service.evaluation.edit_search import FoundEdit, find_group
 from service.evaluation.evaluation_context import EvaluationContext
 from service.evaluation.strengths import choose_group_strengths
 from service.kit.steps import Phase, Progress, Stepper, report_as
+from service.patches.patch import BASE, PatchSet, weights_patch
 from service.weights.composition import apply_delta, compose
 from service.weights.factors import EditUpdate
 
@@ -28,7 +29,7 @@ class SequenceComposition(Protocol):
     def checkpoints(self) -> list[int]:
         """Return the numbers of edits after which the model is measured."""
 
-    def advance_to(self, count: int) -> Stepper[WeightOverrides]:
+    def advance_to(self, count: int) -> Stepper[PatchSet]:
         """Return the weights with the first `count` edits active. `count` must not decrease."""
 
 
@@ -46,13 +47,13 @@ class JointComposition:
     def checkpoints(self) -> list[int]:
         return _checkpoint_counts(self.evaluation, 1)
 
-    def advance_to(self, count: int) -> Stepper[WeightOverrides]:
+    def advance_to(self, count: int) -> Stepper[PatchSet]:
         """Return the weights with the first `count` edits active. A checkpoint within a group splits it in two."""
         evaluation = self.evaluation
         while len(self.edit_details) < count:
             first = len(self.edit_details)
             group_index, offset = divmod(first, evaluation.batch_size)
-            group = yield from find_group(evaluation, group_index, {})
+            group = yield from find_group(evaluation, group_index, BASE)
             edits = group[offset : count - group_index * evaluation.batch_size]
             stage = evaluation.stages.run_once(
                 ArtifactKind.STRENGTHS.name_of(first, count),
@@ -65,7 +66,7 @@ class JointComposition:
                 self._active += [u.scaled(strength) for u in edit.updates]
                 self.edit_details.append(edit.search | {"strength": strength})
         yield Progress(Phase.COMPOSE, count, count)
-        return (yield from evaluation.replica.compose_weights_in_steps(self._active))
+        return (yield from evaluation.replica.compose_patch_in_steps(self._active))
 
     def _choose_strengths(self, first: int, edits: Sequence[FoundEdit]) -> Stepper[list[float]]:
         """Return the strengths of some edits beside the active ones."""
@@ -87,32 +88,30 @@ class SequentialUpdates:
     def __init__(self, evaluation: EvaluationContext) -> None:
         self.evaluation = evaluation
         self.edit_details: list[dict[str, Any]] = []
-        self._weights: WeightOverrides = {}
+        self._patch: PatchSet = BASE
 
     def checkpoints(self) -> list[int]:
         return _checkpoint_counts(self.evaluation, self.evaluation.batch_size)
 
-    def advance_to(self, count: int) -> Stepper[WeightOverrides]:
+    def advance_to(self, count: int) -> Stepper[PatchSet]:
         evaluation, strength = self.evaluation, self.evaluation.plan.strengths[0]
         while len(self.edit_details) < count:
             group_index = len(self.edit_details) // evaluation.batch_size
-            group = yield from find_group(evaluation, group_index, self._weights)
+            group = yield from find_group(evaluation, group_index, self._patch)
             updates = [u.scaled(strength) for edit in group for u in edit.updates]
-            self._weights = add_updates(evaluation.replica, self._weights, updates)
+            self._patch = add_updates(evaluation.replica, self._patch, updates)
             self.edit_details += [edit.search | {"strength": strength} for edit in group]
-        return self._weights
+        return self._patch
 
 
-def add_updates(
-    replica: VersionedModel, weights: WeightOverrides, updates: Sequence[EditUpdate]
-) -> WeightOverrides:
+def add_updates(replica: VersionedModel, patch: PatchSet, updates: Sequence[EditUpdate]) -> PatchSet:
     """Return the weights plus the change that these updates alone amount to."""
     conv1d = replica.base.architecture.conv1d
-    with replica.use_weights(weights) as model:
+    with replica.use_patch(patch) as model:
         updated = {
             s: apply_delta(model.parameter(s).data, change, conv1d) for s, change in compose(updates).items()
         }
-    return {**weights, **updated}
+    return weights_patch({**patch.weights, **updated})
 
 
 def _checkpoint_counts(evaluation: EvaluationContext, multiple: int) -> list[int]:

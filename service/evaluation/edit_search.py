@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from service.datasets.record import target_object
 from service.editing.context import EditInput
-from service.engine.versioned_model import WeightOverrides
 from service.evaluation.checkpointing import ArtifactKind, StageKind
 from service.evaluation.evaluation_context import EvaluationContext
 from service.kit.steps import Phase, Progress, Stepper, report_as
 from service.kit.text import fill_prompt, normalize_whitespace
+from service.patches.patch import PatchSet
 from service.weights.factors import EditUpdate, deserialize_updates, serialize_updates
 
 
@@ -22,9 +22,7 @@ class FoundEdit(NamedTuple):
     search: dict[str, Any]
 
 
-def find_group(
-    evaluation: EvaluationContext, group_index: int, weights: WeightOverrides
-) -> Stepper[list[FoundEdit]]:
+def find_group(evaluation: EvaluationContext, group_index: int, patch: PatchSet) -> Stepper[list[FoundEdit]]:
     """Find the edits of one group of records on the model with these weights, or load them."""
     records, stages = evaluation.records, evaluation.stages
     first = group_index * evaluation.batch_size
@@ -32,7 +30,7 @@ def find_group(
     stage = stages.run_once(
         ArtifactKind.SEARCH.name_of(group_index),
         StageKind.FIND,
-        evaluation.replica.step_with_weights(weights, _find_and_store(evaluation, indices)),
+        evaluation.replica.step_with_patch(patch, _find_and_store(evaluation, indices)),
     )
     searches = yield from report_as(stage, Progress(Phase.FIND, first, len(records)))
     group = []

@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from service.datasets.record import Record
-from service.engine.versioned_model import WeightOverrides
 from service.evaluation.checkpointing import ArtifactKind, StageKind
 from service.evaluation.composition import JointComposition, SequenceComposition, SequentialUpdates
 from service.evaluation.edit_search import FoundEdit, find_group
@@ -25,11 +24,12 @@ from service.evaluation.strengths import choose_strength_alone
 from service.kit.steps import Phase, Progress, Stepper, report_as
 from service.methods.parameters import RomeParameters
 from service.models.score import TargetScore
+from service.patches.patch import BASE, PatchSet
 from service.scores.text_metrics import TfIdf, fluency
 
 RECORDS_PER_BATCH = 32  # records that are scored as one stage
 RETENTION_AFTER = (10, 100)  # a checkpoint also measures the first 10 and the first 100 edits by themselves
-NO_OVERRIDES: WeightOverrides = {}  # the weights of a model without edits
+NO_EDITS = BASE  # the weights of a model without edits
 
 
 class EvaluationRun:
@@ -58,7 +58,7 @@ class EvaluationRun:
         )
         yield from self._prepare_contexts_and_statistics()
         self.base_scores = yield from self._score_records(
-            ArtifactKind.SCORES_BEFORE, (), "base", len(self.records), NO_OVERRIDES
+            ArtifactKind.SCORES_BEFORE, (), "base", len(self.records), NO_EDITS
         )
         evaluate_mode = self._evaluate_each_alone if self.plan.mode == "single" else self._evaluate_sequence
         results = yield from evaluate_mode()
@@ -88,9 +88,7 @@ class EvaluationRun:
     def _evaluate_each_alone(self) -> Stepper[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         while len(rows) < len(self.records):
-            group = yield from find_group(
-                self.evaluation, len(rows) // self.evaluation.batch_size, NO_OVERRIDES
-            )
+            group = yield from find_group(self.evaluation, len(rows) // self.evaluation.batch_size, NO_EDITS)
             for edit in group:
                 i = len(rows)
                 progress = Progress(Phase.MEASURE, i, len(self.records), "each edit alone")
@@ -110,15 +108,15 @@ class EvaluationRun:
         )
         record, strength = self.records[i], outcome["strength"]
         scores = RecordScores.from_scores(record, [TargetScore(*s) for s in outcome["scores"]])
-        weights = yield from self.replica.compose_weights_in_steps(u.scaled(strength) for u in edit.updates)
+        patch = yield from self.replica.compose_patch_in_steps(u.scaled(strength) for u in edit.updates)
         row = self._result_row(i, scores) | {
             "strength": strength,
-            "norm": relative_weight_changes(self.replica, weights),
+            "norm": relative_weight_changes(self.replica, patch),
         }
         if self.plan.damage:
-            row["damage"] = yield from self._measure_damage(i, weights)
+            row["damage"] = yield from self._measure_damage(i, patch)
         if self.plan.generation:
-            yield from self._add_text_measures(i, row, weights)
+            yield from self._add_text_measures(i, row, patch)
         return row
 
     def _choose_strength_alone(self, i: int, edit: FoundEdit) -> Stepper[dict[str, Any]]:
@@ -139,19 +137,19 @@ class EvaluationRun:
         )
         tables: list[dict[str, Any]] = []
         scores: list[RecordScores] = []
-        weights = NO_OVERRIDES
+        patch = NO_EDITS
         for count in composition.checkpoints():
-            weights = yield from composition.advance_to(count)
+            patch = yield from composition.advance_to(count)
             previous_scores = scores
             scores = yield from self._score_records(
-                ArtifactKind.SCORES_AFTER, (count,), f"{count} edits", count, weights
+                ArtifactKind.SCORES_AFTER, (count,), f"{count} edits", count, patch
             )
-            tables.append((yield from self._evaluate_checkpoint(count, weights, previous_scores, scores)))
+            tables.append((yield from self._evaluate_checkpoint(count, patch, previous_scores, scores)))
         rows = [self._result_row(i, s) | composition.edit_details[i] for i, s in enumerate(scores)]
         if self.plan.generation:
             for i, row in enumerate(rows):
                 progress = Progress(Phase.GENERATE, i, len(rows), "continuations")
-                yield from report_as(self._add_text_measures(i, row, weights), progress)
+                yield from report_as(self._add_text_measures(i, row, patch), progress)
         last = tables[-1]
         return (yield from self._summarize_parts(rows, ("before", "after", "changes"))) | {
             "damage": last["damage"],
@@ -164,12 +162,12 @@ class EvaluationRun:
     def _evaluate_checkpoint(
         self,
         count: int,
-        weights: WeightOverrides,
+        patch: PatchSet,
         previous_scores: Sequence[RecordScores],
         scores: Sequence[RecordScores],
     ) -> Stepper[dict[str, Any]]:
         """Return the measures of the model with the first `count` edits active."""
-        damage = (yield from self._measure_damage(count, weights)) if self.plan.damage else None
+        damage = (yield from self._measure_damage(count, patch)) if self.plan.damage else None
         rows = [s.measures() for s in scores]
         held_before = [i for i, s in enumerate(previous_scores) if s.edit_holds]
         retention = []
@@ -187,7 +185,7 @@ class EvaluationRun:
                 "hold": sum(scores[i].edit_holds for i in held_before),
             },
             "damage": damage,
-            "norm": relative_weight_changes(self.replica, weights),
+            "norm": relative_weight_changes(self.replica, patch),
         }
 
     # Both modes
@@ -198,43 +196,43 @@ class EvaluationRun:
         numbers: tuple[int, ...],
         detail: str,
         count: int,
-        weights: WeightOverrides,
+        patch: PatchSet,
     ) -> Stepper[list[RecordScores]]:
         """Return the scores of the first `count` records, one stage for each batch of them."""
         record_scores: list[RecordScores] = []
         for start in range(0, count, RECORDS_PER_BATCH):
             batch = self.records[start : min(start + RECORDS_PER_BATCH, count)]
             stage = self.stages.run_once(
-                kind.name_of(*numbers, start), StageKind.MEASURE, self._score_figures(batch, weights)
+                kind.name_of(*numbers, start), StageKind.MEASURE, self._score_figures(batch, patch)
             )
             scores = yield from report_as(stage, Progress(Phase.MEASURE, start, count, detail))
             record_scores += split_scores(batch, [TargetScore(*s) for s in scores])
         return record_scores
 
     def _score_figures(
-        self, records: Sequence[Record], weights: WeightOverrides
+        self, records: Sequence[Record], patch: PatchSet
     ) -> Stepper[list[tuple[float, bool, int, int]]]:
-        return [s.figures() for s in (yield from score_pairs(self.replica, records, weights))]
+        return [s.figures() for s in (yield from score_pairs(self.replica, records, patch))]
 
-    def _measure_damage(self, number: int, weights: WeightOverrides) -> Stepper[dict[str, float]]:
+    def _measure_damage(self, number: int, patch: PatchSet) -> Stepper[dict[str, float]]:
         """Return the damage to plain texts, as a stage named by an edit or by a number of edits."""
         damage: dict[str, float] = yield from self.stages.run_once(
             ArtifactKind.DAMAGE.name_of(number),
             StageKind.DAMAGE,
-            measure_damage(self.replica, self.evaluation.damage_texts, weights),
+            measure_damage(self.replica, self.evaluation.damage_texts, patch),
         )
         return damage
 
-    def _add_text_measures(self, i: int, row: dict[str, Any], weights: WeightOverrides) -> Stepper[None]:
+    def _add_text_measures(self, i: int, row: dict[str, Any], patch: PatchSet) -> Stepper[None]:
         """Add GE, and RS where there are reference texts, of texts generated before and after the edits."""
         record = self.records[i]
         for part, kind, overrides in (
-            ("before", ArtifactKind.TEXTS_BEFORE, NO_OVERRIDES),
-            ("after", ArtifactKind.TEXTS_AFTER, weights),
+            ("before", ArtifactKind.TEXTS_BEFORE, NO_EDITS),
+            ("after", ArtifactKind.TEXTS_AFTER, patch),
         ):
             stepper = generate_texts(self.replica, record.generation_prompts, self.plan.seed)
             texts: list[str] = yield from self.stages.run_once(
-                kind.name_of(i), StageKind.GENERATE, self.replica.step_with_weights(overrides, stepper)
+                kind.name_of(i), StageKind.GENERATE, self.replica.step_with_patch(overrides, stepper)
             )
             row[part] |= {
                 "GE": fluency(texts),

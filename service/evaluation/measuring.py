@@ -13,11 +13,12 @@ from torch import Tensor
 
 from service.datasets.record import Record
 from service.engine.decoding import DecodingBatch, DecodingSequence, new_sequence
-from service.engine.versioned_model import VersionedModel, WeightOverrides
+from service.engine.versioned_model import VersionedModel
 from service.evaluation.metrics import RecordScores, scoring_pairs, split_scores
 from service.kit.steps import Phase, Progress, Stepper
 from service.models.score import TargetScore
 from service.models.scoring import measure_drift, score_targets
+from service.patches.patch import PatchSet
 from service.schemas import Sampling
 
 GENERATION_LENGTH = 100  # tokens of a generated text, including its prompt (Meng et al. 2022)
@@ -26,18 +27,18 @@ GENERATION_BATCH_SIZE = 32  # texts generated in one batch
 
 
 def score_pairs(
-    replica: VersionedModel, records: Sequence[Record], weights: WeightOverrides
+    replica: VersionedModel, records: Sequence[Record], patch: PatchSet
 ) -> Stepper[list[TargetScore]]:
     """Return the scores of all pairs of `scoring_pairs`, record after record."""
     pairs = [pair for r in records for pair in scoring_pairs(r)]
-    return (yield from replica.step_with_weights(weights, score_targets(replica.base, pairs)))
+    return (yield from replica.step_with_patch(patch, score_targets(replica.base, pairs)))
 
 
 def score_records(
-    replica: VersionedModel, records: Sequence[Record], weights: WeightOverrides
+    replica: VersionedModel, records: Sequence[Record], patch: PatchSet
 ) -> Stepper[list[RecordScores]]:
     """Return the scores of each record."""
-    return split_scores(records, (yield from score_pairs(replica, records, weights)))
+    return split_scores(records, (yield from score_pairs(replica, records, patch)))
 
 
 def texts_without_edited_facts(texts: Sequence[str], records: Sequence[Record]) -> list[str]:
@@ -56,13 +57,13 @@ def evenly_spaced(texts: Sequence[str], limit: int) -> list[str]:
 
 
 def measure_damage(
-    replica: VersionedModel, texts: Sequence[str], weights: WeightOverrides
+    replica: VersionedModel, texts: Sequence[str], patch: PatchSet
 ) -> Stepper[dict[str, float]]:
     """Return loss and perplexity on texts before and after, and the drift.
 
     Loss is in nats per token. Drift is the KL divergence of the next-token distribution in nats.
     """
-    drift = yield from measure_drift(replica.base, texts, partial(replica.use_weights, weights))
+    drift = yield from measure_drift(replica.base, texts, partial(replica.use_patch, patch))
     return {
         "loss_before": drift.loss_before,
         "loss_after": drift.loss_after,
@@ -77,11 +78,13 @@ def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf
 
 
-def relative_weight_changes(replica: VersionedModel, weights: WeightOverrides) -> dict[str, float]:
+def relative_weight_changes(replica: VersionedModel, patch: PatchSet) -> dict[str, float]:
     """Return ||W - W0|| / ||W0|| of every edited weight, by layer and part."""
     return {
-        f"{site.layer}.{site.part}": _relative_distance(weights[site], replica.base.parameter(site).data)
-        for site in sorted(weights)
+        f"{site.layer}.{site.part}": _relative_distance(
+            patch.weights[site], replica.base.parameter(site).data
+        )
+        for site in sorted(patch.weights)
     }
 
 

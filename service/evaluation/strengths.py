@@ -48,9 +48,9 @@ def choose_strength_alone(
 
     def measure(strengths: Sequence[float]) -> Stepper[list[list[TargetScore]]]:
         (strength,) = strengths
-        weights = yield from replica.compose_weights_in_steps(u.scaled(strength) for u in updates)
+        patch = yield from replica.compose_patch_in_steps(u.scaled(strength) for u in updates)
         yield Progress(Phase.COMPOSE, 1, 1)
-        return [(yield from score_pairs(replica, [record], weights))]
+        return [(yield from score_pairs(replica, [record], patch))]
 
     def assess(_: int, strength: float, scores: list[TargetScore]) -> Assessment:
         rewrite = RecordScores.from_scores(record, scores).rewrite
@@ -121,7 +121,7 @@ def _score_with_strengths(
 ) -> Stepper[list[RecordScores]]:
     """Return the scores of each record's own prompt, with all edits active at their strengths."""
     scaled = [u.scaled(s) for group, s in zip(groups, strengths, strict=True) for u in group]
-    weights = yield from replica.compose_weights_in_steps([*active, *scaled])
+    patch = yield from replica.compose_patch_in_steps([*active, *scaled])
     yield Progress(Phase.COMPOSE, 1, 1)
     prompts_only = [replace(r, paraphrases=(), neighbours=()) for r in records]
-    return (yield from score_records(replica, prompts_only, weights))
+    return (yield from score_records(replica, prompts_only, patch))

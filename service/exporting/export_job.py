@@ -42,7 +42,7 @@ def export_version(
 
     An adapter is verified on `plain_texts` and the edits' statements.
     """
-    yield from replica.weights_in_steps(request.version)
+    yield from replica.patch_in_steps(request.version)
     manifest = build_manifest(replica, request.version)
     yield Progress(Phase.COMPOSE, 0, 1)
     if request.format == "peft":
@@ -108,7 +108,7 @@ def _export_adapter(
         *_evenly_spaced(_edit_statements(manifest["edits"]), MAX_TEXTS_PER_SOURCE),
         *_evenly_spaced(plain_texts, MAX_TEXTS_PER_SOURCE),
     ]
-    weights = yield from replica.weights_in_steps(version)
+    weights = yield from replica.patch_in_steps(version)
     difference = yield from measure_logit_difference(replica, weights, adapter, texts)
     manifest = manifest | {
         "rank": adapter.rank,
@@ -167,7 +167,7 @@ def write_model(replica: VersionedModel, version: int, folder: Path) -> ExportMa
     Return the manifest.
     """
     manifest, model = build_manifest(replica, version), replica.base
-    with replica.use_weights(replica.weights(version)):
+    with replica.use_patch(replica.patch(version)):
         model.model.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(model_card.model_readme(manifest), encoding="utf-8")

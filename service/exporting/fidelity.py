@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from service.engine.versioned_model import VersionedModel, WeightOverrides
+from service.engine.versioned_model import VersionedModel
 from service.exporting.lora import LoraAdapter
 from service.kit.steps import Phase, Progress, Stepper
 from service.models.loading import LoadedModel
 from service.models.token_batch import PaddedBatch, forward, pad
+from service.patches.patch import PatchSet
 
 TEXTS_PER_BATCH = 8  # texts in one forward pass
 
@@ -31,7 +32,7 @@ class LogitDifference:
 
 
 def measure_logit_difference(
-    replica: VersionedModel, weights: WeightOverrides, adapter: LoraAdapter, texts: Sequence[str]
+    replica: VersionedModel, patch: PatchSet, adapter: LoraAdapter, texts: Sequence[str]
 ) -> Stepper[LogitDifference]:
     """Return the differences on some texts. Each batch takes three forward passes, each a step."""
     model = replica.base
@@ -41,7 +42,7 @@ def measure_logit_difference(
     for start in range(0, len(rows), TEXTS_PER_BATCH):
         batch = pad(rows[start : start + TEXTS_PER_BATCH], model)
         progress = Progress(Phase.VERIFY, start, len(rows))
-        with replica.use_weights(weights):
+        with replica.use_patch(patch):
             edited = _logits(model, batch)
         yield progress
         base = _logits(model, batch)

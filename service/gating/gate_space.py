@@ -24,7 +24,7 @@ from torch import Tensor
 
 from service.covariance.second_moment import KeyStatistics
 
-SKETCH_SIZE = 128  # r
+SKETCH_SIZE = 256  # r
 SEED = 0
 
 
@@ -39,7 +39,7 @@ class GateSpace:
     def digest(self) -> str:
         """The sha256 of the layer and the bytes of the sketch. It identifies the space in the ledger."""
         digest = hashlib.sha256(f"{self.layer}:{tuple(self.sketch.shape)}".encode())
-        digest.update(self.sketch.contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(self.sketch.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def project(self, keys: Tensor) -> Tensor:

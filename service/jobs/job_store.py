@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,8 +187,10 @@ class JobStore:
         factors: bytes,
         body: dict[str, Any],
         result: dict[str, Any],
+        gate_spaces: Mapping[str, bytes] | None = None,
     ) -> int:
-        """Commit an edit: its factors, the next ledger entry and its row, in one transaction. Return the version.
+        """Commit an edit: its factors with the spaces of their gates, the next ledger entry and its row, in one
+        transaction. Return the version.
 
         Raises Conflict when the head is not the expected one (evaluate the edit again at the new head), Cancelled when
         a cancellation came first, LeaseLost when another worker has claimed the job, InvalidInput when its row was
@@ -199,6 +202,8 @@ class JobStore:
                 row = self._row_under_fence(session, job, allow_finished=True)
                 if row.status == "running":
                     _check_can_commit(session, row, head, expected_head)
+                    for digest, space in (gate_spaces or {}).items():
+                        ledger.put_gate_space(session, digest, space)
                     self._insert_edit(session, row, factors, body, result)
                 version, finished = row.version, serialize_job(session, row)
                 crash_points.crash_point("apply.before_commit")

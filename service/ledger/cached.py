@@ -71,6 +71,11 @@ class CachedLedger:
         with self.database.read_session() as session:
             return ledger.factors_of(session, edits)
 
+    def gate_space(self, digest: str) -> bytes:
+        """Return the serialized gate space with this digest."""
+        with self.database.read_session() as session:
+            return ledger.gate_space(session, digest)
+
     def _update_index(self, session: Session) -> None:
         """Add the entries that are not in the index.
 

@@ -16,7 +16,17 @@ from typing import Any, Protocol, TypeVar
 from sqlalchemy import Connection, func, select
 from sqlalchemy.orm import Session
 
-from service.db.models import Job, LedgerEntry, LedgerHead, Model, StoredFactors, now, to_json_value
+from service.db.models import (
+    Job,
+    LedgerEntry,
+    LedgerHead,
+    Model,
+    StoredFactors,
+    StoredGateSpace,
+    now,
+    to_json_value,
+)
+from service.errors import NotFound
 from service.kit.text import fact_key
 from service.ledger import audit
 from service.ledger.audit_coverage import LEDGER
@@ -261,6 +271,20 @@ def factors_of(session: Session, edits: Sequence[str]) -> dict[str, bytes]:
     """Return the serialized factors of these edits, by edit id."""
     query = select(StoredFactors.edit_id, StoredFactors.data).where(StoredFactors.edit_id.in_(edits))
     return {row.edit_id: row.data for row in session.execute(query)}
+
+
+def gate_space(session: Session, digest: str) -> bytes:
+    """Return the serialized gate space with this digest. Raise NotFound if there is none."""
+    data = session.scalar(select(StoredGateSpace.data).where(StoredGateSpace.digest == digest))
+    if data is None:
+        raise NotFound(f"the gate space {digest} is not in the database.")
+    return data
+
+
+def put_gate_space(session: Session, digest: str, data: bytes) -> None:
+    """Store a gate space unless it is stored."""
+    if session.get(StoredGateSpace, digest) is None:
+        session.add(StoredGateSpace(digest=digest, data=data))
 
 
 def bodies_of(session: Session, model: str, edits: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -48,6 +48,11 @@ class ReadOnlyLedger:
         with self.database.read_session() as session:
             return ledger.factors_of(session, edits)
 
+    def gate_space(self, digest: str) -> bytes:
+        """Return the serialized gate space with this digest."""
+        with self.database.read_session() as session:
+            return ledger.gate_space(session, digest)
+
     def attest(self, version: int, digest: str) -> None:
         """Raise DigestMismatch when workers on the same kind of device attested this version with other digests
         only."""

@@ -97,6 +97,21 @@ def add_low_rank(module: nn.Module, left: Tensor, right: Tensor) -> Iterator[Non
         yield
 
 
+@contextmanager
+def add_change_by_input(module: nn.Module, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Within the context, a module returns output + change(inputs). `change` receives the inputs as rows (N, D) and
+    returns a change (N, d), or None: then the output stays what it is, byte for byte."""
+
+    def hook(_module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        rows = change(inputs[0].flatten(0, -2))
+        if rows is None:
+            return output
+        return (output + rows.reshape(output.shape)).to(output.dtype)
+
+    with _install(module, hook):
+        yield
+
+
 class _StopForward(Exception):
     """Raised by a hook to end a forward pass early."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from service.datasets.record import Record, record_fits, target_object
 from service.editing.context import EditInput, EditorContext
-from service.engine.versioned_model import VersionedModel, WeightOverrides
+from service.engine.versioned_model import VersionedModel
 from service.errors import InvalidInput
 from service.evaluation.evaluation_context import EDITS_PER_BATCH
 from service.evaluation.metrics import Measures, RecordScores, change_scores, scoring_pairs
@@ -24,6 +24,7 @@ from service.kit.steps import Phase, Progress, Stepper, report_as
 from service.kit.text import fill_prompt
 from service.models.score import TargetScore
 from service.models.scoring import score_targets
+from service.patches.patch import BASE, PatchSet
 from service.recipes.recipe import resolve_hparams
 from service.studies.edit_objectives import STUDY_OBJECTIVES, StudyObjective
 from service.studies.facts import fact_from_record
@@ -127,7 +128,7 @@ class LocalizationStudy:
         studies = []
         for name in self.plan.problems:
             posed_records = yield from self._pose_problem(name)
-            base_scores = yield from self._score_records(name, list(posed_records.values()), {})
+            base_scores = yield from self._score_records(name, list(posed_records.values()), BASE)
             for method in self.plan.methods:
                 runs = yield from self._edit_at_all_layers(
                     method, name, list(posed_records.values()), base_scores
@@ -180,7 +181,7 @@ class LocalizationStudy:
         return subject_noise(self.model, record, self.noise, self.plan.seed)
 
     def _score_records(
-        self, name: str, records: Sequence[Record], weights: WeightOverrides
+        self, name: str, records: Sequence[Record], patch: PatchSet
     ) -> Stepper[list[RecordScores]]:
         """Return the scores of records with these weights, with the subject noised if the problem demands it."""
         record_scores = []
@@ -190,7 +191,7 @@ class LocalizationStudy:
             else:
                 scoring = score_targets(self.model, scoring_pairs(record))
             progress = Progress(Phase.PROBE, i, len(records))
-            scores = yield from report_as(self.replica.step_with_weights(weights, scoring), progress)
+            scores = yield from report_as(self.replica.step_with_patch(patch, scoring), progress)
             record_scores.append(RecordScores.from_scores(record, [_nan_as_impossible(s) for s in scores]))
         return record_scores
 
@@ -228,8 +229,8 @@ class LocalizationStudy:
         inputs = [self._edit_input(records[i], method, problem, layer) for i in missing]
         factors = (yield from self.context.find_all_factors(inputs)) if inputs else []
         for i, edit_factors in zip(missing, factors, strict=True):
-            weights = yield from self.replica.compose_weights_in_steps(edit_factors.updates)
-            (edited_scores,) = yield from self._score_records(name, [records[i]], weights)
+            patch = yield from self.replica.compose_patch_in_steps(edit_factors.updates)
+            (edited_scores,) = yield from self._score_records(name, [records[i]], patch)
             put_json(self.store, names[i], change_scores(base_scores[i], edited_scores, problem.objective))
         return [get_json(self.store, artifact) for artifact in names]
 

@@ -103,8 +103,8 @@ class FactTrials:
                 search.store.put(_factors_name(hparams, i), serialize_updates(factors.updates))
             trials = []
             for i, record in zip(numbers, records, strict=True):
-                weights = yield from search.replica.compose_weights_in_steps(self._updates(hparams, i))
-                rows = yield from measure_records(search, [record], weights)
+                patch = yield from search.replica.compose_patch_in_steps(self._updates(hparams, i))
+                rows = yield from measure_records(search, [record], patch)
                 trials.append({"alone": rows[0]})
         seconds = (self.clock() - started) / len(numbers)
         for i, trial in zip(numbers, trials, strict=True):

@@ -13,7 +13,7 @@ from typing import Any
 
 from service.datasets.record import Record
 from service.editing.context import EditInput, EditorContext
-from service.engine.versioned_model import VersionedModel, WeightOverrides
+from service.engine.versioned_model import VersionedModel
 from service.errors import InvalidInput
 from service.evaluation.evaluation_context import EDITS_PER_BATCH
 from service.evaluation.measuring import score_records
@@ -22,6 +22,7 @@ from service.kit.artifact_store import ArtifactStore, content_addressed_name, lo
 from service.kit.steps import Phase, Progress, Stepper, report_as
 from service.kit.text import fill_prompt
 from service.models.scoring import measure_drift
+from service.patches.patch import PatchSet
 from service.scores.scores import harmonic_mean
 from service.tuning.search_space import JsonDict
 from service.weights.factors import EditUpdate
@@ -84,9 +85,9 @@ def _measure_candidate(search: SearchContext, method: str, hparams: JsonDict) ->
     updates = yield from find_edits(search, method, hparams, records)
     alone = []
     for i, (record, group) in enumerate(zip(records, updates, strict=True)):
-        weights = yield from search.replica.compose_weights_in_steps(group)
+        patch = yield from search.replica.compose_patch_in_steps(group)
         progress = Progress(Phase.MEASURE, i, len(records))
-        alone += yield from report_as(measure_records(search, [record], weights), progress)
+        alone += yield from report_as(measure_records(search, [record], patch), progress)
     joint, loss_increase = yield from measure_jointly(
         search, records, [u for group in updates for u in group]
     )
@@ -124,19 +125,19 @@ def measure_jointly(
     """Return each record's measures with all updates active, and the relative increase of the loss on plain
     statements.
     """
-    weights = yield from search.replica.compose_weights_in_steps(updates)
-    rows = yield from measure_records(search, records, weights)
+    patch = yield from search.replica.compose_patch_in_steps(updates)
+    rows = yield from measure_records(search, records, patch)
     drift = yield from measure_drift(
-        search.replica.base, search.damage_texts, partial(search.replica.use_weights, weights)
+        search.replica.base, search.damage_texts, partial(search.replica.use_patch, patch)
     )
     return rows, drift.loss_after / drift.loss_before - 1
 
 
 def measure_records(
-    search: SearchContext, records: Sequence[Record], weights: WeightOverrides
+    search: SearchContext, records: Sequence[Record], patch: PatchSet
 ) -> Stepper[list[dict[str, Any]]]:
     """Return the measures of each record with these weights."""
-    scores = yield from score_records(search.replica, records, weights)
+    scores = yield from score_records(search.replica, records, patch)
     return [s.measures() for s in scores]
 
 

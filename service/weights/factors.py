@@ -48,10 +48,11 @@ JOINT = SolveMode()
 @dataclass(frozen=True)
 class Gate:
     """Where a gated association acts: at keys whose cosine in the gate space with one of its own exceeds a threshold
-    (`service/gating/gated_rows.py`)."""
+    and the cosine with every blocked key (`service/gating/gated_rows.py`)."""
 
     space: str  #: digest of the gate space
     keys: Tensor = field(repr=False)  #: its keys in the gate space, (m, r) in fp32, of norm 1
+    blocked: Tensor = field(repr=False)  #: keys of other subjects that are near, (b, r); b can be 0
     threshold: float
 
 
@@ -114,6 +115,11 @@ class DenseUpdate:
 
 
 EditUpdate = Association | DenseUpdate
+
+
+def gate_of(update: EditUpdate) -> Gate | None:
+    """Return the gate of a gated association, or None for an update that is solved or added into a weight."""
+    return update.gate if isinstance(update, Association) else None
 
 
 @dataclass(frozen=True)
@@ -180,6 +186,7 @@ def _association_tensors(a: Association) -> dict[str, Tensor]:
         )
     if a.gate is not None:
         tensors[f"{prefix}.gate.keys"] = a.gate.keys.float()
+        tensors[f"{prefix}.gate.blocked"] = a.gate.blocked.float()
         tensors[f"{prefix}.gate.threshold"] = torch.tensor([a.gate.threshold], dtype=torch.float32)
         tensors[f"{prefix}.gate.space"] = torch.frombuffer(bytearray.fromhex(a.gate.space), dtype=torch.uint8)
     return tensors
@@ -190,7 +197,12 @@ def _read_gate(tensors: Mapping[str, Tensor], layer: int) -> Gate | None:
     if f"{prefix}.keys" not in tensors:
         return None
     space = bytes(tensors[f"{prefix}.space"].tolist()).hex()
-    return Gate(space, tensors[f"{prefix}.keys"], float(tensors[f"{prefix}.threshold"]))
+    return Gate(
+        space,
+        tensors[f"{prefix}.keys"],
+        tensors[f"{prefix}.blocked"],
+        float(tensors[f"{prefix}.threshold"]),
+    )
 
 
 def _dense_update_tensors(a: DenseUpdate) -> dict[str, Tensor]:

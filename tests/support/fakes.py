@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from service.engine.versioned_model import VersionedModel, WeightOverrides
+from service.engine.versioned_model import VersionedModel
 from service.errors import DigestMismatch, LeaseLost, error_document
 from service.jobs.broker import Broker, Event
 from service.jobs.job_store import ClaimedJob
 from service.kit.steps import Phase, Progress, Stepper
 from service.models.loading import LoadedModel, WeightRef
+from service.patches.patch import BASE, PatchSet, weights_patch
 
 
 class SettableLedger:
@@ -33,6 +34,9 @@ class SettableLedger:
     def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]:
         return {}
 
+    def gate_space(self, digest: str) -> bytes:
+        raise KeyError(digest)
+
     def attest(self, version: int, digest: str) -> None:
         self.attested.append(version)
         if version in self.disputed:
@@ -47,11 +51,13 @@ class ShuffledVersionedModel(VersionedModel):
         super().__init__(model, self.settable_ledger, self.settable_ledger.attest)
         self.weight_ref = WeightRef(layer)
 
-    def _compose_version(self, version: int) -> Stepper[WeightOverrides]:
+    def _compose_version(self, version: int) -> Stepper[PatchSet]:
         original = self._original[self.weight_ref]
         order = torch.randperm(len(original), generator=torch.Generator().manual_seed(version))
         yield Progress(Phase.COMPOSE, 1, 1)
-        return {} if version == 0 else {self.weight_ref: original[order] * (1 + version)}
+        if version == 0:
+            return BASE
+        return weights_patch({self.weight_ref: original[order] * (1 + version)})
 
 
 class InMemoryJobs:

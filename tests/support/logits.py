@@ -30,7 +30,7 @@ def logits(model: Any, base: LoadedModel) -> torch.Tensor:
 def served_logits(replica: VersionedModel, version: int) -> torch.Tensor:
     """Return the logits of the service at a version."""
     batch = padded_texts(replica.base)
-    with replica.use_weights(replica.weights(version)) as model, torch.no_grad():
+    with replica.use_patch(replica.patch(version)) as model, torch.no_grad():
         return forward(model, batch)[batch.mask.bool()]
 
 

@@ -55,6 +55,9 @@ class FakeLedger:
     def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]:
         return {e: serialize_updates(self.edits[e]) for e in edits}
 
+    def gate_space(self, digest: str) -> bytes:
+        raise KeyError(digest)
+
     def attest(self, version: int, digest: str) -> None:
         self.attested[version] = digest
 

@@ -233,7 +233,7 @@ def test_the_search_for_probes_yields_in_short_steps(facts: Path) -> None:
     steps, count = resolve_edit(replica(), request, context), 0
     while isinstance(advance(steps), Progress):
         count += 1
-        assert replica().edited_weights == 0
+        assert replica().applied_patches == 0
     assert count > 10
 
 
@@ -310,7 +310,7 @@ def test_a_blunt_edit_is_reported_with_what_else_it_changed(
     model_replica, candidate, result = blunt_edit
     edit = candidate.resolved_edit
     report = side_effect_report(edit, result.before, result.after)
-    weights = model_replica.compose_weights(candidate.factors.updates)
+    weights = model_replica.compose_patch(candidate.factors.updates)
 
     def say(prompt: str, length: int = 3) -> str:
         ids = torch.tensor([model_replica.base.encode(prompt)[0]])
@@ -321,7 +321,7 @@ def test_a_blunt_edit_is_reported_with_what_else_it_changed(
         return str(model_replica.base.decode(ids[0, -length:].tolist()))
 
     before = {p.prompt: say(p.prompt) for p in edit.neighborhood_probes}
-    with model_replica.use_weights(weights):
+    with model_replica.use_patch(weights):
         after = {p.prompt: say(p.prompt) for p in edit.neighborhood_probes}
     changed = {c["prompt"]: c for c in report["also_changed"]}
     assert changed and all(c["after"] != c["before"] for c in changed.values())

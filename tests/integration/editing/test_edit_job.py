@@ -25,7 +25,7 @@ from service.editing.find_factors import find_batch_factors, find_factors
 from service.editing.greedy_text import GreedyText, generate_greedy
 from service.editing.guard import Check, CheckName, GuardResult
 from service.editing.probes import Probe, edit_holds, neighbor_preserved, probe_of_entry
-from service.engine.versioned_model import VersionedModel, WeightOverrides
+from service.engine.versioned_model import VersionedModel
 from service.errors import Cancelled, Conflict, InvalidInput, PalimpsestError, Unavailable
 from service.jobs.job_store import ClaimedJob
 from service.jobs.memory_broker import MemoryBroker
@@ -41,6 +41,7 @@ from service.models.loading import WeightRef
 from service.models.scoring import log_probs_blocking
 from service.models.separator_choice import choose_separator
 from service.models.token_batch import tokenize_prompt_and_target
+from service.patches.patch import PatchSet
 from service.recipes.recipe import Recipe
 from service.schemas import EditRequest
 from service.settings import Settings
@@ -232,14 +233,14 @@ def test_committed_weights_equal_evaluated_weights(
     harness.run_edit("Big Ben", "city")
     harness.run_edit("Eiffel Tower", "in", prompt="We know the {}")
     composed_weights: list[Any] = []
-    compose = VersionedModel.compose_weights_in_steps
+    compose = VersionedModel.compose_patch_in_steps
 
-    def record(self: VersionedModel, updates: Any) -> Stepper[WeightOverrides]:
+    def record(self: VersionedModel, updates: Any) -> Stepper[PatchSet]:
         weights = yield from compose(self, updates)
         composed_weights.append(weights)
         return weights
 
-    monkeypatch.setattr(VersionedModel, "compose_weights_in_steps", record)
+    monkeypatch.setattr(VersionedModel, "compose_patch_in_steps", record)
     edit = harness.run_edit(subject, hparams={"layers": layers}, guard=GUARD_OFF)
     assert edit["version"] == 3
     assert same_tensors(
@@ -757,7 +758,7 @@ def test_conflict_is_reported_with_its_probability(harness: EditingHarness) -> N
     assert (conflict["edit"], conflict["target_new"]) == (old["id"], "city") and same["status"] == "applied"
     updates = deserialize_updates(harness.services.edits.delta(edit["id"]), "e", "Eiffel Tower")
     alone = [p.scaled(1 / edit["result"]["strength"]) for p in updates]
-    with harness.replica.use_weights(harness.replica.compose_weights(alone)):
+    with harness.replica.use_patch(harness.replica.compose_patch(alone)):
         new, own = log_probs_blocking(
             harness.model, [(conflict["prompt"], "is"), (conflict["prompt"], "city")]
         )
@@ -785,7 +786,7 @@ def test_conflict_is_superseded_on_request(harness: EditingHarness) -> None:
     superseded = harness.services.edits.get(old["id"])
     assert (superseded["status"], superseded["superseded_by"]) == ("superseded", edit["id"])
     updates = deserialize_updates(harness.services.edits.delta(edit["id"]), edit["id"], "Eiffel Tower")
-    assert same_tensors(harness.replica.weights(2), harness.replica.compose_weights(updates))
+    assert same_tensors(harness.replica.weights(2), harness.replica.compose_patch(updates))
     harness.revert(edit)
     assert harness.services.edits.get(old["id"])["status"] == "applied"
     assert same_tensors(harness.replica.weights(3), harness.replica.weights(1))
@@ -929,13 +930,13 @@ def test_superseded_edit_is_left_out_of_evaluation(
     """The superseded edit is neither composed with the newer one nor probed for regressions."""
     older = harness.run_edit()
     composed_edits: list[list[str]] = []
-    composed = VersionedModel.compose_weights_in_steps
+    composed = VersionedModel.compose_patch_in_steps
 
     def note(self: VersionedModel, associations: Any) -> Any:
         composed_edits.append([a.edit for a in associations])
         return composed(self, associations)
 
-    monkeypatch.setattr(VersionedModel, "compose_weights_in_steps", note)
+    monkeypatch.setattr(VersionedModel, "compose_patch_in_steps", note)
     edit = harness.run_edit(new="city", guard=LOOSE_GUARD | {"max_regressions": 0})
     assert edit["status"] == "applied"
     assert edit["result"]["regressed_edits"] == []
@@ -962,7 +963,7 @@ def test_any_order_of_reverting_ends_at_the_base(harness: EditingHarness) -> Non
     harness.revert(edits[1])
     remaining = [a for group in harness.replica.active_updates(4).values() for a in group]
     assert {a.edit for a in remaining} == {edits[0]["id"], edits[2]["id"]}
-    assert same_tensors(harness.replica.weights(4), harness.replica.compose_weights(reversed(remaining)))
+    assert same_tensors(harness.replica.weights(4), harness.replica.compose_patch(reversed(remaining)))
     harness.revert(edits[0])
     harness.revert(edits[2])
     assert harness.replica.digest(6) == harness.replica.digest(0)
@@ -1046,7 +1047,7 @@ def test_batched_edits_equal_single_edits(
 def test_the_figures_are_those_of_the_version_with_all_of_them(harness: EditingHarness) -> None:
     """The figures in each report of a batch are those of the last version."""
     edits = EditBatch(harness, *(harness.submit(subject, "city") for subject in SUBJECTS[:2])).run()
-    with harness.replica.use_weights(harness.replica.weights(2)):
+    with harness.replica.use_patch(harness.replica.patch(2)):
         for edit in edits:
             rewrite = edit["result"]["rewrite"]
             (log_p, _), _ = log_probs_blocking(
@@ -1080,7 +1081,7 @@ def test_jointly_harmful_batch_is_bisected(harness: EditingHarness, monkeypatch:
         found = evaluate_guard(plan, before, after, strength, norms, lead)
         return replace(found, checks=[Check(CheckName.PERPLEXITY, new_edit_counts[-1] == 1, 9.0, 1.0)])
 
-    composed = VersionedModel.compose_weights_in_steps
+    composed = VersionedModel.compose_patch_in_steps
 
     def note(self: VersionedModel, associations: Any) -> Any:
         chosen = list(associations)
@@ -1091,7 +1092,7 @@ def test_jointly_harmful_batch_is_bisected(harness: EditingHarness, monkeypatch:
         return {edit for edit, _ in harness.worker_parts.ledger.active_at(harness.worker_parts.ledger.head())}
 
     monkeypatch.setattr(measure, "evaluate_guard", fake_guard)
-    monkeypatch.setattr(VersionedModel, "compose_weights_in_steps", note)
+    monkeypatch.setattr(VersionedModel, "compose_patch_in_steps", note)
     edits = EditBatch(harness, *(harness.submit(subject, "city") for subject in SUBJECTS)).run()
     assert [e["version"] for e in edits] == [1, 2, 3, 4]
     assert [n for n in new_edit_counts if n] == [4, 2, 1, 1, 2, 1, 1]
@@ -1174,7 +1175,7 @@ def test_an_answer_that_another_edit_changed_can_be_written(harness: EditingHarn
     """Where an edit of another subject changed the model's own answer, an edit writes it."""
     other = harness.run_edit("know the Colosseum", "in", prompt="We {}", guard=GUARD_OFF)
     statement = "We know the Colosseum"
-    with harness.replica.use_weights(harness.replica.weights(other["version"])):
+    with harness.replica.use_patch(harness.replica.patch(other["version"])):
         (answer,) = run_to_completion(generate_greedy(harness.model, [statement], 1))
     assert answer.text != " is"
     assert harness.run_edit(**SAID | {"guard": LOOSE_GUARD})["status"] in ("applied", "rejected")

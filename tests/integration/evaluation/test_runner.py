@@ -184,7 +184,7 @@ def test_edit_alone_matches_the_editor() -> None:
     replica, context = make_replica_and_context()
     for r, row in zip(RECORDS[:3], result["rows"], strict=True):
         factors = run_to_completion(context.find_factors(fill_prompt(r.prompt, r.subject), r.target_new))
-        with replica.use_weights(replica.compose_weights(factors.updates)) as model:
+        with replica.use_patch(replica.compose_patch(factors.updates)) as model:
             new, true = p_of(model, r, r.target_new), p_of(model, r, r.target_true or "")
         assert row["after"]["p_new"] == pytest.approx(new, rel=1e-4)
         assert row["after"]["ES"] == float(new > true)
@@ -200,12 +200,12 @@ def test_joint_sequence_composes_all_updates() -> None:
         updates += run_to_completion(
             context.find_factors(fill_prompt(r.prompt, r.subject), r.target_new, edit=f"{i:06}")
         ).updates
-    weights = replica.compose_weights(updates)
-    (site,) = weights
+    patch = replica.compose_patch(updates)
+    (site,) = patch.weights
     base = replica.base.parameter(site).data
-    relative_change = float((weights[site].double() - base.double()).norm() / base.double().norm())
+    relative_change = float((patch.weights[site].double() - base.double()).norm() / base.double().norm())
     assert result["norm"]["1.mlp"] == pytest.approx(relative_change, rel=1e-5)
-    with replica.use_weights(weights) as model:
+    with replica.use_patch(patch) as model:
         for r, row in zip(RECORDS, result["rows"], strict=True):
             assert row["after"]["p_new"] == pytest.approx(p_of(model, r, r.target_new), rel=1e-4)
 

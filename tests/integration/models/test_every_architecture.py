@@ -321,7 +321,7 @@ def test_edit(
     value = {"value": model.down_proj(1)}
     subject = tokenize_statement(model, STATEMENT).last_subject_index
     before = captured(model, value)["value"][subject]
-    with replica.use_weights(replica.weights(1)):
+    with replica.use_patch(replica.patch(1)):
         after = captured(model, value)["value"][subject]
     (association,) = associations_of(edit.updates)
     torch.testing.assert_close(after - before, association.value, rtol=1e-3, atol=1e-4)
@@ -365,7 +365,7 @@ def _missing_change(model: LoadedModel, statistics: dict[int, KeyStatistics], wa
     subject = tokenize_statement(model, STATEMENT).last_subject_index
     replica = VersionedModel(model, FakeLedger({"edit_1": list(factors.updates)}))
     before = captured(model, hidden)["hidden"][subject]
-    with replica.use_weights(replica.weights(1)):
+    with replica.use_patch(replica.patch(1)):
         after = captured(model, hidden)["hidden"][subject]
     return float((before + wanted_change - after).norm() / wanted_change.norm())
 

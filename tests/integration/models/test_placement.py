@@ -166,9 +166,9 @@ def test_versions_have_the_bytes_of_one_device(model_type: str) -> None:
         edits = random_associations(model, 3, layers=(0, 1, 2))
         replica = VersionedModel(model, FakeLedger(edits))
         digests.append(replica.digest(3))
-        weights = replica.compose_weights([u for some in edits.values() for u in some])
-        assert [w.device for _, w in sorted(weights.items())] == model.block_devices
-        with_weights = lambda r=replica, w=weights: r.use_weights(w)  # noqa: E731
+        patch = replica.compose_patch([u for some in edits.values() for u in some])
+        assert [w.device for _, w in sorted(patch.weights.items())] == model.block_devices
+        with_weights = lambda r=replica, p=patch: r.use_patch(p)  # noqa: E731
         drifts.append(run_to_completion(measure_drift(model, TEXTS, with_weights)))
     assert digests == digests[:1] * 3
     for drift in drifts[1:]:

@@ -69,7 +69,7 @@ def score_single_edit(
     )
     (factors,) = run_to_completion(context.find_all_factors([spec]))
     before = run_to_completion(score_targets(replica.base, scoring_pairs(record)))
-    with replica.use_weights(replica.compose_weights(factors.updates)):
+    with replica.use_patch(replica.compose_patch(factors.updates)):
         after = run_to_completion(score_targets(replica.base, scoring_pairs(record)))
     return change_scores(
         RecordScores.from_scores(record, before), RecordScores.from_scores(record, after), "write"

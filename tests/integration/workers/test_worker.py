@@ -128,7 +128,7 @@ def tokens_alone(harness: WorkerHarness, folder: Path, version: int, request: Ge
     )
     batch = DecodingBatch(model, [new_sequence(model, request.prompt_texts()[0], request)])
     (r,) = batch.sequences
-    with replica.use_weights(replica.weights(version)):
+    with replica.use_patch(replica.patch(version)):
         while len(batch):
             batch.step()
     return r.output_ids

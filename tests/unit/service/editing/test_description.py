@@ -16,10 +16,11 @@ from service.editing.description import (
     measure_descriptions,
 )
 from service.editing.greedy_text import generate_greedy
-from service.engine.versioned_model import EmptyLedger, VersionedModel, WeightOverrides
+from service.engine.versioned_model import EmptyLedger, VersionedModel
 from service.kit.steps import run_to_completion
 from service.models.loading import LoadedModel, WeightRef
 from service.models.token_batch import forward, pad
+from service.patches.patch import BASE, PatchSet, weights_patch
 from tests.support.chat_templates import CHATML
 from tests.support.tiny_models import tiny
 
@@ -35,13 +36,13 @@ def chat_model(template: str | None, model_type: str = "gpt2", positions: int = 
     return replace(model, tokenizer=tokenizer)
 
 
-def changed_weights(model: LoadedModel) -> WeightOverrides:
+def changed_weights(model: LoadedModel) -> PatchSet:
     weight = model.weight(1).data
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=weight.dtype)
-    return {WeightRef(1): weight + 0.5 * noise}
+    return weights_patch({WeightRef(1): weight + 0.5 * noise})
 
 
-def expected_divergence(replica: VersionedModel, weights: WeightOverrides, prompt: str) -> float:
+def expected_divergence(replica: VersionedModel, weights: PatchSet, prompt: str) -> float:
     """The mean over the description's tokens of the sum over the vocabulary, from one unpadded pass per version."""
     model = replica.base
     (text,) = run_to_completion(generate_greedy(model, [prompt], DESCRIPTION_TOKENS))
@@ -49,7 +50,7 @@ def expected_divergence(replica: VersionedModel, weights: WeightOverrides, promp
     positions = [i - 1 for i, (_, end) in enumerate(offsets) if end > len(prompt)] or [len(ids) - 1]
     with torch.no_grad():
         p = forward(model, pad([ids], model))[0].softmax(-1)
-        with replica.use_weights(weights):
+        with replica.use_patch(weights):
             q = forward(model, pad([ids], model))[0].softmax(-1)
     terms = [
         sum(float(a) * (float(a.log()) - float(b.log())) for a, b in zip(p[i], q[i], strict=True))
@@ -70,7 +71,7 @@ def test_the_divergence_is_the_sum_over_the_vocabulary(template: str | None, mod
     for divergence, prompt in zip(measured, prompts, strict=True):
         assert divergence is not None and divergence > 1e-6
         assert divergence == pytest.approx(expected_divergence(replica, weights, prompt), rel=1e-6)
-    assert replica.edited_weights == 0
+    assert replica.applied_patches == 0
 
 
 def test_the_base_model_has_no_divergence() -> None:
@@ -78,9 +79,9 @@ def test_the_base_model_has_no_divergence() -> None:
     replica = VersionedModel(chat_model(None), EmptyLedger())
     descriptions = run_to_completion(describe_subjects(replica.base, SUBJECTS))
     with pytest.raises(StopIteration) as stopped:
-        next(measure_descriptions(replica, {}, descriptions))
+        next(measure_descriptions(replica, BASE, descriptions))
     assert stopped.value.value == [0.0] * len(SUBJECTS)
-    same = {WeightRef(1): replica.base.weight(1).data.clone()}
+    same = weights_patch({WeightRef(1): replica.base.weight(1).data.clone()})
     assert run_to_completion(measure_descriptions(replica, same, descriptions)) == [0.0] * len(SUBJECTS)
 
 
@@ -141,7 +142,7 @@ def test_many_descriptions_are_measured_in_short_steps() -> None:
             together = stopped.value
             break
         count += 1
-        assert replica.edited_weights == 0
+        assert replica.applied_patches == 0
     assert count == 3
     alone = [run_to_completion(measure_descriptions(replica, weights, [d]))[0] for d in found]
     assert together == pytest.approx(alone, rel=1e-9)

@@ -16,7 +16,6 @@ from service.engine.decoding import DecodingBatch, new_sequence, next_token_dist
 from service.engine.engine import BUILD_SLICE, Engine, EngineConfig
 from service.engine.job_runner import MAX_INTERRUPTIONS, JobHandler
 from service.engine.step_guard import StepGuardError
-from service.engine.versioned_model import WeightOverrides
 from service.errors import Conflict, DigestMismatch, InvalidInput, LeaseLost, Unavailable
 from service.jobs.broker import Broker, Event, OutgoingEvent
 from service.jobs.job_kinds import CALL_KINDS
@@ -29,6 +28,7 @@ from service.kit.steps import JobReporter, Phase, Progress, Stepper, report_to
 from service.kit.work_queue import Task, WorkQueue
 from service.models.hooks import installed_hooks, replace_output
 from service.models.memory_estimates import kv_cache_bytes
+from service.patches.patch import PatchSet, weights_patch
 from service.schemas import CompareRequest, GenerateRequest, Sampling, WorkerCompareRequest
 from tests.support.fakes import InMemoryJobs, ShuffledVersionedModel, collect_events, token_texts
 from tests.support.tiny_models import tiny
@@ -127,7 +127,7 @@ class EngineHarness:
     def tokens_alone(self, prompt: str, version: int, sampling_params: Sampling) -> list[int]:
         batch = DecodingBatch(self.replica.base, [new_sequence(self.replica.base, prompt, sampling_params)])
         (r,) = batch.sequences
-        with self.replica.use_weights(self.replica.weights(version)):
+        with self.replica.use_patch(self.replica.patch(version)):
             while len(batch):
                 batch.step()
         return r.output_ids
@@ -731,9 +731,8 @@ def test_a_row_that_breaks_the_pass_fails_alone() -> None:
 def test_non_finite_logits_are_an_error() -> None:
     """Non-finite logits end a request with an error event; a request of another version is completed."""
     harness = EngineHarness()
-    harness.replica._weights[2] = {
-        harness.replica.weight_ref: torch.full_like(harness.replica.base.weight(1).data, float("nan"))
-    }
+    not_finite = torch.full_like(harness.replica.base.weight(1).data, float("nan"))
+    harness.replica._patches[2] = weights_patch({harness.replica.weight_ref: not_finite})
     broken = harness.generate(prompts=PROMPTS, max_new_tokens=8, version=2)
     fine = harness.generate(prompt=PROMPTS[0], max_new_tokens=8, version=1)
     harness.step()
@@ -758,7 +757,7 @@ def test_compare_gives_both_texts_and_the_tokens_that_differ() -> None:
     ids = harness.replica.base.encode(PROMPTS[0])[0]
     p = []
     for version in (0, 2):
-        with harness.replica.use_weights(harness.replica.weights(version)):
+        with harness.replica.use_patch(harness.replica.patch(version)):
             p.append(next_token_distribution(harness.replica.base, ids))
     assert end.data["total_variation"] == pytest.approx(float((p[0] - p[1]).abs().sum() / 2))
     gaps = [abs(n["p"][0] - n["p"][1]) for n in end.data["next_tokens"]]
@@ -1126,7 +1125,7 @@ def slow_build(harness: EngineHarness, slow_version: int, steps: int) -> None:
     """Make the build of `slow_version` take `steps` more steps of BUILD_SLICE seconds each."""
     compose = harness.replica._compose_version
 
-    def composed(version: int) -> Stepper[WeightOverrides]:
+    def composed(version: int) -> Stepper[PatchSet]:
         for i in range(steps if version == slow_version else 0):
             time.sleep(BUILD_SLICE)
             yield Progress(Phase.COMPOSE, i, steps)
@@ -1208,11 +1207,11 @@ def test_a_step_that_leaves_a_hook_fails_its_job() -> None:
     assert installed_hooks() == 0
 
 
-def test_edited_weights_between_steps_stop_the_engine() -> None:
+def test_applied_patches_between_steps_stop_the_engine() -> None:
     """Edited weights that remain after a step raise StepGuardError, which names the step."""
     harness = EngineHarness()
     harness.step(2)
-    harness.replica.edited_weights = 1
+    harness.replica.applied_patches = 1
     harness.generate(prompt=PROMPTS[0], max_new_tokens=4)
     with pytest.raises(StepGuardError, match="'decode' left 0 hooks and 1 edited weights"):
         harness.step()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from service.engine.versioned_model import VersionedModel
 from service.kit.steps import Phase, Progress, Stepper, run_steps, run_to_completion
 from service.models.loading import LoadedModel, WeightRef
+from service.patches.patch import weights_patch
 from service.weights.composition import apply_delta
 from service.weights.factors import Association, serialize_updates
 from tests.support.tiny_models import tiny
@@ -54,6 +55,9 @@ class FakeLedger:
 
     def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]:
         return {e: serialize_updates(random_edit(int(e.removeprefix("edit_")))) for e in edits}
+
+    def gate_space(self, digest: str) -> bytes:
+        raise KeyError(digest)
 
     def attest(self, version: int, digest: str) -> None:
         self.attested.append((version, digest))
@@ -102,7 +106,7 @@ def test_edits_that_come_and_go_leave_the_base_bytes(order: list[int], seed: int
         else:
             active.remove(rng.choice(active))
         versions.append(ledger.add_version(active))
-        with replica.use_weights(replica.weights(versions[-1])) as edited:
+        with replica.use_patch(replica.patch(versions[-1])) as edited:
             assert (bytes_of(edited) == before) == (not active)
     assert bytes_of(model) == before
     assert replica.weights(versions[-1]) == {}
@@ -141,7 +145,7 @@ def test_an_edit_that_changes_no_byte_is_the_base() -> None:
     ledger, model = FakeLedger(), tiny()
     replica = VersionedModel(model, ledger)
     version = ledger.add_version([1])
-    replica._weights[version] = replica.compose_weights([random_edit(1)[0].scaled(0.0)])
+    replica._patches[version] = replica.compose_patch([random_edit(1)[0].scaled(0.0)])
     assert replica.digest(version) == replica.digest(0)
 
 
@@ -150,20 +154,20 @@ def test_all_edited_layers_are_put_in_place() -> None:
     model = tiny()
     replica = VersionedModel(model, FakeLedger())
     before = bytes_of(model)
-    weights = replica.compose_weights(random_edit(1, (0, 2)))
-    assert sorted(weights) == [WeightRef(0), WeightRef(2)]
-    with replica.use_weights(weights):
-        assert all(torch.equal(model.parameter(x).data, t) for x, t in weights.items())
+    patch = replica.compose_patch(random_edit(1, (0, 2)))
+    assert sorted(patch.weights) == [WeightRef(0), WeightRef(2)]
+    with replica.use_patch(patch):
+        assert all(torch.equal(model.parameter(x).data, t) for x, t in patch.weights.items())
     assert bytes_of(model) == before
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])
 def test_base_is_restored_after_any_exception(error: type[BaseException]) -> None:
-    """After any exception inside `use_weights` the base bytes are restored."""
+    """After any exception inside `use_patch` the base bytes are restored."""
     model = tiny()
     replica = VersionedModel(model, FakeLedger())
     before = bytes_of(model)
-    with pytest.raises(error), replica.use_weights(replica.compose_weights(random_edit(1))):
+    with pytest.raises(error), replica.use_patch(replica.compose_patch(random_edit(1))):
         assert bytes_of(model) != before
         raise error
     assert bytes_of(model) == before
@@ -174,8 +178,8 @@ def test_base_is_restored_when_weights_cannot_be_placed() -> None:
     model = tiny()
     replica = VersionedModel(model, FakeLedger())
     before = bytes_of(model)
-    weights = {**replica.compose_weights(random_edit(1)), WeightRef(99): torch.zeros(1)}
-    with pytest.raises(Exception, match="99"), replica.use_weights(weights):
+    weights = {**replica.compose_patch(random_edit(1)).weights, WeightRef(99): torch.zeros(1)}
+    with pytest.raises(Exception, match="99"), replica.use_patch(weights_patch(weights)):
         pytest.fail("it stood")
     assert bytes_of(model) == before
 
@@ -185,11 +189,11 @@ def test_base_is_in_place_between_steps() -> None:
     weights are in place."""
     model = tiny()
     replica = VersionedModel(model, FakeLedger())
-    base, weights = bytes_of(model), replica.compose_weights(random_edit(1))
+    base, patch = bytes_of(model), replica.compose_patch(random_edit(1))
 
     def check_weights(fails: bool) -> Stepper[str]:
         for i in range(3):
-            assert torch.equal(model.weight(1).data, weights[WeightRef(1)])
+            assert torch.equal(model.weight(1).data, patch.weights[WeightRef(1)])
             yield Progress(Phase.RUN, i, 3)
         if fails:
             raise ValueError("in a step")
@@ -197,12 +201,12 @@ def test_base_is_in_place_between_steps() -> None:
 
     assert (
         run_steps(
-            replica.step_with_weights(weights, check_weights(False)), lambda _: _equal(bytes_of(model), base)
+            replica.step_with_patch(patch, check_weights(False)), lambda _: _equal(bytes_of(model), base)
         )
         == "seen"
     )
     with pytest.raises(ValueError, match="in a step"):
-        run_to_completion(replica.step_with_weights(weights, check_weights(True)))
+        run_to_completion(replica.step_with_patch(patch, check_weights(True)))
     assert bytes_of(model) == base
 
 
@@ -214,15 +218,15 @@ def test_two_versions_interleave() -> None:
     """Two steppers that alternate each see only their own version."""
     model, ledger = tiny(), FakeLedger()
     replica = VersionedModel(model, ledger)
-    weights = [replica.weights(ledger.add_version([i])) for i in (1, 2)]
+    patches = [replica.patch(ledger.add_version([i])) for i in (1, 2)]
 
     def check_weights(mine: Any) -> Stepper[bool]:
         for i in range(4):
-            assert torch.equal(model.weight(1).data, mine[WeightRef(1)])
+            assert torch.equal(model.weight(1).data, mine.weights[WeightRef(1)])
             yield Progress(Phase.RUN, i, 4)
         return True
 
-    turns = [replica.step_with_weights(w, check_weights(w)) for w in weights]
+    turns = [replica.step_with_patch(w, check_weights(w)) for w in patches]
     for _ in range(4):
         for steps in turns:
             next(steps)
@@ -244,7 +248,7 @@ def test_an_abandoned_generator_is_closed_at_once() -> None:
             closed.append(True)
 
     inner = interrupted_steps()
-    steps = replica.step_with_weights(replica.compose_weights(random_edit(1)), inner)
+    steps = replica.step_with_patch(replica.compose_patch(random_edit(1)), inner)
     next(steps)
     steps.close()
     assert closed == [True]
@@ -256,12 +260,12 @@ def test_version_cache_is_bounded_and_rebuilds() -> None:
     ledger = FakeLedger()
     replica = VersionedModel(tiny(), ledger, max_cached_versions=2)
     versions = [ledger.add_version([i]) for i in range(5)]
-    first = replica.weights(versions[0])
+    first = replica.patch(versions[0])
     for v in versions:
-        replica.weights(v)
-    assert len(replica._weights) == 2
-    again = replica.weights(versions[0])
-    assert again is not first and equal_weights(again, first)
+        replica.patch(v)
+    assert len(replica._patches) == 2
+    again = replica.patch(versions[0])
+    assert again is not first and equal_weights(again.weights, first.weights)
 
 
 def test_subjects_are_one_up_to_white_space() -> None:
@@ -283,10 +287,10 @@ def test_versions_share_one_build() -> None:
     ledger = FakeLedger()
     replica = VersionedModel(tiny(), ledger, ledger.attest)
     version = ledger.add_version([1, 2])
-    first, second = replica.weights_in_steps(version), replica.weights_in_steps(version)
+    first, second = replica.patch_in_steps(version), replica.patch_in_steps(version)
     next(first, None)
     next(second, None)
-    assert equal_weights(run_to_completion(first), run_to_completion(second))
+    assert run_to_completion(first) is run_to_completion(second)
     assert [v for v, _ in ledger.attested] == [version]
 
 
@@ -298,10 +302,10 @@ def test_weights_cache_is_bounded_in_bytes() -> None:
     versions = [ledger.add_version([i]) for i in range(1, 6)]
     for version in versions:
         replica.weights(version)
-    assert list(replica._weights) == versions[-2:]
+    assert list(replica._patches) == versions[-2:]
     small = VersionedModel(tiny(), ledger, max_weight_bytes=1)
     weights = small.weights(versions[0])
-    assert list(small._weights) == versions[:1] and equal_weights(weights, replica.weights(versions[0]))
+    assert list(small._patches) == versions[:1] and equal_weights(weights, replica.weights(versions[0]))
 
 
 def test_factor_cache_is_bounded_in_bytes() -> None:

@@ -16,7 +16,8 @@ def whitened_cosine(keys: torch.Tensor) -> torch.Tensor:
     """rho by its definition, with an explicit inverse of the damped C, in fp64."""
     damped = STATISTICS.moment + STATISTICS.damping * STATISTICS.moment.diagonal().mean() * torch.eye(D)
     gram = keys.double() @ torch.linalg.inv(damped) @ keys.double().T
-    return gram / (gram.diagonal()[:, None] * gram.diagonal()[None]).sqrt()
+    cosine: torch.Tensor = gram / (gram.diagonal()[:, None] * gram.diagonal()[None]).sqrt()
+    return cosine
 
 
 def test_a_wide_sketch_is_the_whitened_cosine() -> None:

@@ -24,13 +24,19 @@ SPACE = build_gate_space(STATISTICS, size=64)
 
 
 def gated(
-    i: int, subject: str | None = None, threshold: float = 0.9, key: Tensor | None = None, others: int = 2
+    i: int,
+    subject: str | None = None,
+    threshold: float = 0.9,
+    key: Tensor | None = None,
+    others: int = 2,
+    blocked: Tensor | None = None,
 ) -> Association:
     """An association with keys around its own."""
     g = torch.Generator().manual_seed(i)
     key = torch.randn(D, generator=g) if key is None else key
     keys = torch.stack([key, *(key + 0.05 * torch.randn(D, generator=g) for _ in range(others))])
-    gate = Gate(SPACE.digest, SPACE.project(keys), threshold)
+    blocked = torch.empty(0, D) if blocked is None else blocked
+    gate = Gate(SPACE.digest, SPACE.project(keys), SPACE.project(blocked), threshold)
     direction = STATISTICS.solve(key).float()
     value = torch.randn(d, generator=g)
     return Association(f"edit_{i:03}", subject or f"s{i}", LAYER, key, direction, value, gate=gate)
@@ -46,7 +52,8 @@ def scores_of(associations: list[Association], key: Tensor) -> dict[str, float]:
     scores = {}
     for a in associations:
         assert a.gate is not None
-        scores[a.edit] = max(float(q @ own.double()) - a.gate.threshold for own in a.gate.keys)
+        limit = max([a.gate.threshold, *(float(q @ b.double()) for b in a.gate.blocked)])
+        scores[a.edit] = max(float(q @ own.double()) for own in a.gate.keys) - limit
     return scores
 
 
@@ -76,12 +83,32 @@ def dense_change(rows: GatedRows, keys: Tensor, **options: bool) -> Tensor:
 def test_the_change_is_the_definition(seed: int, count: int, threshold: float) -> None:
     """The batched change equals the definition at each key, for any thresholds and shared subjects."""
     rng = random.Random(seed)
-    associations = [gated(seed + i, f"s{rng.randrange(count)}", threshold) for i in range(count)]
+    associations = [
+        gated(
+            seed + i,
+            f"s{rng.randrange(count)}",
+            threshold,
+            others=rng.randrange(4),
+            blocked=some_keys(rng.randrange(4), seed - i - 1),
+        )
+        for i in range(count)
+    ]
     keys = torch.cat([some_keys(5, seed), *(a.key[None] * rng.uniform(0.2, 3) for a in associations)])
     assume(all(abs(s) > 1e-5 for k in keys for s in scores_of(associations, k).values()))
     change = dense_change(build_gated_rows(SPACE, associations), keys)
     expected = torch.stack([oracle(associations, k) for k in keys])
     torch.testing.assert_close(change.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_blocked_key_opens_nothing() -> None:
+    """At the key of another subject that comes near the association stays closed, and open at its own key."""
+    own = gated(1, threshold=0.5)
+    other = own.key + 0.3 * some_keys(1)[0]
+    rows = build_gated_rows(SPACE, [own])
+    assert rows.change(other[None]) is not None
+    rows = build_gated_rows(SPACE, [gated(1, threshold=0.5, blocked=other[None])])
+    assert rows.change(other[None]) is None
+    torch.testing.assert_close(dense_change(rows, own.key[None]), own.value[None])
 
 
 def test_nothing_open_is_no_change() -> None:
@@ -150,13 +177,15 @@ def test_thresholds_at_the_ends(threshold: float) -> None:
 
 def test_a_gate_is_stored_with_its_association() -> None:
     """Serialized factors keep the gate, bit for bit."""
-    a = gated(5)
+    a = gated(5, blocked=some_keys(3))
     (read,) = deserialize_updates(serialize_updates([a]), a.edit, a.subject)
     assert isinstance(read, Association)
     assert a.gate is not None
     assert read.gate is not None
-    assert (read.gate.space, read.gate.threshold) == (a.gate.space, pytest.approx(a.gate.threshold))
+    assert read.gate.space == a.gate.space
+    assert read.gate.threshold == pytest.approx(a.gate.threshold)
     assert torch.equal(read.gate.keys, a.gate.keys)
+    assert torch.equal(read.gate.blocked, a.gate.blocked)
 
 
 def test_an_association_of_another_space_is_refused() -> None:
