@@ -53,6 +53,7 @@ from service.kit.answer import answer_object
 from service.kit.artifact_store import DirectoryStore
 from service.kit.steps import run_to_completion
 from service.kit.text import begins_with, fill_prompt, mentions
+from service.methods.parameters import Parameters
 from service.models.scoring import score_targets
 from service.patches.patch import BASE, PatchSet
 from service.recipes.recipe import resolve_hparams
@@ -120,6 +121,7 @@ class PublicModelExperiment:
 
     def find_updates(self, record: Record, number: int) -> tuple[list[EditUpdate], float]:
         """Return the updates of an edit and the seconds of its search, from the store where it is there."""
+        run_to_completion(self.context.get_gate_reference(self.parameters))
         name = f"edit-{number}.safetensors"
         edit = f"{number:06}"
         stored = self.out.get(name)
@@ -132,7 +134,8 @@ class PublicModelExperiment:
             seconds = perf_counter() - began
             stored = serialize_updates(factors.updates)
             self.out.put(name, stored)
-        return deserialize_updates(stored, edit, record.subject), seconds
+        updates = deserialize_updates(stored, edit, record.subject, self.context.find_gate_space)
+        return updates, seconds
 
     def choose_strength(self, record: Record, updates: Sequence[EditUpdate]) -> float:
         """Return the strength that the service chooses for an edit alone."""
@@ -159,8 +162,12 @@ class PublicModelExperiment:
 
     def schedule(self, active: int) -> StrengthSchedule:
         """Return the schedule of strengths with a number of active edits."""
-        parameters = resolve_hparams(self.context.recipe, self.hparams, self.model.num_layers, "rome")
-        return strength_schedule(parameters, parameters.strengths, active, self.model.intermediate_size)
+        width = self.model.intermediate_size
+        return strength_schedule(self.parameters, self.parameters.strengths, active, width)
+
+    @property
+    def parameters(self) -> Parameters:
+        return resolve_hparams(self.context.recipe, self.hparams, self.model.num_layers, "rome")
 
     def says(self, record: Record, patch: PatchSet) -> Says:
         """Return the greedy texts of a version about a record."""

@@ -74,6 +74,10 @@ class RelationTable:
         for wording in (*fact.prompts, *fact.held_out_prompts):
             self._by_wording[_wording_key(wording)].add(fact.relation)
 
+    def subjects(self) -> list[str]:
+        """Return the names of all subjects, in the order of the table."""
+        return [facts[0].subject for facts in self._by_subject.values()]
+
     def find(self, prompt: str, subject: str, true: str) -> RelationMatch | None:
         """Return the relation of a prompt that is one of the table's wordings. For another prompt return a relation of
         the subject, of several the one in which it has the true object, for subjects of the same kind."""

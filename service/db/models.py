@@ -152,7 +152,7 @@ class StoredFactors(Base):
 
 
 class StoredGateSpace(Base):
-    """The space of the gates of edits (`service/gating/gate_space.py`), as safetensors. Its digest is its content."""
+    """The space of the gates of edits (`service/weights/gate_space.py`), as safetensors. Its digest is its content."""
 
     __tablename__ = "gate_spaces"
 

@@ -34,6 +34,7 @@ from service.editing.subject_token import SubjectToken
 from service.editing.tokenized_contexts import TokenizedContexts
 from service.editing.value_change import norm_after_value, value_change
 from service.editing.value_optimizer import ValueResult, optimize_values
+from service.gating.gate_reference import GateReport
 from service.kit.steps import Phase, Progress, Stepper
 from service.methods.parameters import RomeParameters
 from service.methods.registry import get_method
@@ -194,7 +195,15 @@ def _write_one_layer(
     else:
         value_change = delta
     association = _build_association(spec, statistics[layer], key, value_change)
-    return EditFactors([association], value.losses, float(delta.norm()), float(value.initial.norm()))
+    report: GateReport | None = None
+    if spec.gate_reference is not None:
+        gate = spec.gate_reference.build_gate(keys, spec.subject, parameters.gate_threshold)
+        association, report = (
+            replace(association, gate=gate),
+            spec.gate_reference.describe(gate, spec.subject),
+        )
+    norms = float(delta.norm()), float(value.initial.norm())
+    return EditFactors([association], value.losses, *norms, gate=report)
 
 
 def _write_several_layers(

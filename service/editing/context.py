@@ -23,13 +23,14 @@ from service.editing.edit_spec import EditFactors, batch_edit_specs, build_edit_
 from service.editing.find_factors import find_batch_factors
 from service.editing.subject_token import choose_subject_token
 from service.errors import InvalidInput
+from service.gating.gate_reference import GateReference, collect_gate_reference
 from service.kit.files import write_atomically
 from service.kit.folder_lock import once_in_folder
 from service.kit.steps import Phase, Stepper
 from service.kit.text import Statement
 from service.kit.time_estimate import with_estimate
 from service.kit.work_queue import Task, WorkQueue
-from service.methods.parameters import RomeParameters
+from service.methods.parameters import Parameters, RomeParameters
 from service.methods.registry import DEFAULT_METHOD
 from service.models.loading import LoadedModel
 from service.recipes.default import default_recipe
@@ -37,6 +38,7 @@ from service.recipes.published import published_recipe
 from service.recipes.recipe import Recipe, parse_recipe, resolve_hparams
 from service.recipes.shipped import ModelShape, shipped_recipe
 from service.schemas import Objective
+from service.weights.gate_space import GateSpace
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +89,7 @@ class EditorContext:
         self.recipes = folder.parent / RECIPES_FOLDER if folder else None
         self.queue = WorkQueue()
         self.statistics: dict[int, KeyStatistics] = {}
+        self.gate_references: dict[int, GateReference] = {}
         self.contexts: dict[tuple[int, int], list[str]] = {}
         self.perplexities: dict[int, float] = {}  #: version -> perplexity on the reference texts
         self._source = corpus if isinstance(corpus, CorpusSource) else None
@@ -169,6 +172,27 @@ class EditorContext:
             yield from self.queue.wait_for(self._submit_statistics(missing))
         return {x: self.statistics[x] for x in layers}
 
+    def get_gate_reference(self, parameters: Parameters) -> Stepper[GateReference | None]:
+        """Return the reference keys of the layer of a gated edit, collected at the first call; None for an edit in the
+        weights."""
+        if not isinstance(parameters, RomeParameters) or parameters.form == "weights":
+            return None
+        (layer,) = parameters.layers
+        if layer not in self.gate_references:
+            statistics = yield from self.get_statistics([layer])
+            corpus = yield from self.get_corpus()
+            table = yield from self.get_relation_table()
+            collected = yield from collect_gate_reference(
+                self.model, statistics[layer], corpus.texts, table.subjects() if table else ()
+            )
+            self.gate_references = self.gate_references | {layer: collected}
+        return self.gate_references[layer]
+
+    def find_gate_space(self, digest: str) -> GateSpace:
+        """Return the space of the gates of this context's edits. Raise KeyError for another one."""
+        spaces = {r.space.digest: r.space for r in self.gate_references.values()}
+        return spaces[digest]
+
     def _submit_corpus(self) -> Task[Corpus]:
         """Return the task that loads the corpus: the one that runs, or a new one."""
         if self._corpus_task is None or self._corpus_task.ended:
@@ -231,7 +255,16 @@ class EditorContext:
                 edit_input.objective,
                 edit_input.noise,
             )
-            specs.append(build_edit_spec(self.model, contexts, *spec_arguments, tokens_after=tokens_after))
+            gate_reference = yield from self.get_gate_reference(parameters)
+            specs.append(
+                build_edit_spec(
+                    self.model,
+                    contexts,
+                    *spec_arguments,
+                    tokens_after=tokens_after,
+                    gate_reference=gate_reference,
+                )
+            )
         factors: list[EditFactors] = []
         for batch in batch_edit_specs(self.model, specs):
             factors += yield from find_batch_factors(self.model, self.statistics, batch)

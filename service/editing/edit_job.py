@@ -58,7 +58,7 @@ from service.models.memory_estimates import require_memory
 from service.models.separator_choice import choose_separator
 from service.recipes.recipe import resolve_hparams
 from service.schemas import EditRequest
-from service.weights.factors import DenseUpdate, EditUpdate, deserialize_updates, serialize_updates
+from service.weights.factors import DenseUpdate, EditUpdate, deserialize_updates, gate_of, serialize_updates
 
 ANSWER_TOKENS = 16  # at most, of the answer whose beginning is the true object, where a request names none
 HEAD_MOVED = Progress(Phase.RETRY, 0, 1)
@@ -353,8 +353,10 @@ class _EditRun:
                 "fingerprint": self.replica.base.fingerprint,
             }
         crash_points.crash_point("edit.after_compute")
+        gates = [gate for u in edit_factors.updates if (gate := gate_of(u)) is not None]
+        spaces = {gate.space.digest: gate.space.serialize() for gate in gates}
         yield from retry_while_unavailable(
-            partial(self.job_store.commit_edit, prepared.job, head, factors, body, result)
+            partial(self.job_store.commit_edit, prepared.job, head, factors, body, result, spaces)
         )
 
     def _commit_alone(self, prepared: PreparedEdit) -> Stepper[bool]:
@@ -486,6 +488,7 @@ def build_admitted_spec(
         request.objective,
         separator=resolved_edit.rewrite_probe.separator,
         tokens_after=(yield from choose_subject_token(model, statement, parameters)),
+        gate_reference=(yield from context.get_gate_reference(parameters)),
     )
     require_memory(
         "this edit", spec.peak_bytes(model), model.device, "use a shorter prompt or fewer contexts", "prompt"

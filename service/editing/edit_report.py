@@ -16,6 +16,7 @@ from service.editing.probes import Probe, ProbeResult, edit_holds, neighbor_pres
 from service.editing.side_effects import side_effect_report
 from service.editing.subject_token import SubjectToken
 from service.engine.versioned_model import VersionedModel
+from service.gating.gate_reference import GateReport
 from service.methods.registry import get_method
 from service.models.loading import WeightRef
 from service.scores.scores import share_preferring_new, share_preferring_true
@@ -57,6 +58,7 @@ def edit_report(
         "norm_ratio": {weight_label(site): r for site, r in guard_result.norm_ratio.items()},
         "layers": sorted({p.layer for p in factors.updates}),
         "subject_token": _token_report(factors.subject_token),
+        "gate": _gate_report(factors.gate),
         **({"layer_search": resolved_edit.layer_search} if resolved_edit.layer_search else {}),
         "strength": guard_result.strength,
         "optimisation": {"steps": len(factors.losses), "first": factors.losses[0], "last": factors.losses[-1]}
@@ -104,6 +106,11 @@ def _name_report(
 def _token_report(token: SubjectToken | None) -> dict[str, Any] | None:
     """Return the position of the edited token in the prompt, and its text."""
     return None if token is None else asdict(token)
+
+
+def _gate_report(gate: GateReport | None) -> dict[str, Any] | None:
+    """Return how well the gate of a gated edit tells its subject apart; None for an edit in the weights."""
+    return None if gate is None else {**asdict(gate), "is_apart": gate.is_apart}
 
 
 def _scores(resolved_edit: ResolvedEdit, measurement: VersionMeasurement) -> dict[str, float | None]:

@@ -11,6 +11,7 @@ from service.editing.subject_token import LAST, SubjectToken
 from service.editing.suffix_batch import DeltaSite
 from service.editing.tokenized_contexts import TokenizedContexts, tokenize_contexts
 from service.editing.value_optimizer import ValueSearchSpec
+from service.gating.gate_reference import GateReference, GateReport
 from service.kit.separator import Separator
 from service.kit.text import Statement, normalize_whitespace
 from service.methods.parameters import FineTuneParameters, Parameters
@@ -33,15 +34,17 @@ class EditFactors:
     subject_token: SubjectToken | None = (
         None  #: the edited one; None where no single token is edited, or unknown
     )
+    gate: GateReport | None = None  #: of a gated edit
 
 
 @dataclass(frozen=True)
 class ValueEditSpec(ValueSearchSpec):
-    """An edit that is written as associations."""
+    """An edit that is written as associations, gated ones with a reference."""
 
     subject: str
     edit: str = ""
     method: str = DEFAULT_METHOD
+    gate_reference: GateReference | None = field(default=None, kw_only=True, repr=False, compare=False)
 
     @property
     def delta_site(self) -> DeltaSite:
@@ -117,10 +120,12 @@ def build_edit_spec(
     noise: Tensor | None = None,
     separator: Separator | None = None,
     tokens_after: int = LAST,
+    gate_reference: GateReference | None = None,
 ) -> EditSpec:
     """Return the specification of an edit after which the model continues the statement with `target`, or no longer
     does so when the objective is to erase. `noise` (n, d) is added to the embeddings of the subject during the
-    search. `tokens_after`: the subject's tokens after the edited one (`choose_subject_token`)."""
+    search. `tokens_after`: the subject's tokens after the edited one (`choose_subject_token`). `gate_reference`: of a
+    gated edit."""
     subject = normalize_whitespace(statement.text[slice(*statement.span)])
     if isinstance(parameters, FineTuneParameters):
         tokenized_prompt = tokenize_contexts(model, statement, target, (), chosen=separator)
@@ -129,7 +134,16 @@ def build_edit_spec(
     tokenized = tokenize_contexts(
         model, statement, target, contexts, parameters.bare_keys, separator, restated, tokens_after
     )
-    return ValueEditSpec(tokenized, parameters, subject, edit, method, objective=objective, noise=noise)
+    return ValueEditSpec(
+        tokenized,
+        parameters,
+        subject,
+        edit,
+        method,
+        objective=objective,
+        noise=noise,
+        gate_reference=gate_reference,
+    )
 
 
 def batch_edit_specs(model: LoadedModel, specs: Iterable[EditSpec]) -> list[list[EditSpec]]:

@@ -124,7 +124,7 @@ def evaluate_guard(
     regressed_edits = sorted(before.holding_edits - after.holding_edits)
     checks += [
         _check_at_most(CheckName.PERPLEXITY, after.perplexity / before.perplexity, guard.max_perplexity),
-        _check_at_most(CheckName.NORM, max(norms.values()), guard.max_norm),
+        _check_at_most(CheckName.NORM, max(norms.values(), default=0.0), guard.max_norm),
         _check_at_most(CheckName.REGRESSIONS, len(regressed_edits), guard.max_regressions),
     ]
     has_margin = (

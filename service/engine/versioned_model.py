@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from service.gating.gate_space import GateSpace, deserialize_gate_space
+from service.errors import DigestMismatch
 from service.gating.gated_rows import build_gated_rows
 from service.kit import metrics
 from service.kit.steps import Phase, Progress, Stepper, advance, run_to_completion, step_within
@@ -32,6 +32,7 @@ from service.patches.patch import BASE, PatchSet, weights_patch
 from service.weights.capacity import average_capacities_in_steps
 from service.weights.composition import apply_delta_in_steps, compose_in_steps
 from service.weights.factors import Association, EditUpdate, deserialize_updates, gate_of
+from service.weights.gate_space import GateSpace, deserialize_gate_space
 
 T = TypeVar("T")
 MAX_CACHED_VERSIONS = 8  # versions whose weights are cached
@@ -140,7 +141,7 @@ class VersionedModel:
             batch = missing[start : start + FACTORS_PER_STEP]
             factors = self.ledger.factors_of(batch)
             for edit in batch:
-                updates[edit] = deserialize_updates(factors[edit], edit, subjects[edit])
+                updates[edit] = deserialize_updates(factors[edit], edit, subjects[edit], self._gate_space)
                 self._cache_updates(edit, updates[edit])
             yield Progress(Phase.COMPOSE, start + len(batch), len(missing))
         return {edit: updates[edit] for edit in subjects}
@@ -163,7 +164,7 @@ class VersionedModel:
         """Return the patches for a set of updates: the edited weights, computed from the base bytes, and the rows of
         gated associations."""
         updates = list(updates)
-        deltas = yield from compose_in_steps(u for u in updates if not gate_of(u) is not None)
+        deltas = yield from compose_in_steps(u for u in updates if gate_of(u) is None)
         weights: dict[WeightRef, Tensor] = {}
         for site, delta in deltas.items():
             weights[site] = yield from apply_delta_in_steps(
@@ -176,19 +177,19 @@ class VersionedModel:
         groups: dict[tuple[int, str], list[Association]] = {}
         for u in updates:
             if isinstance(u, Association) and u.gate is not None:
-                groups.setdefault((u.layer, u.gate.space), []).append(u)
+                groups.setdefault((u.layer, u.gate.space.digest), []).append(u)
         return [
-            GatedPatch(build_gated_rows(self._gate_space(digest), group).to(self.base.weight(layer).device))
-            for (layer, digest), group in sorted(groups.items())
+            GatedPatch(build_gated_rows(group).to(self.base.weight(layer).device))
+            for (layer, _), group in sorted(groups.items())
         ]
 
-    def add_gate_space(self, space: GateSpace) -> None:
-        """Keep the space of gates that are not yet in the ledger."""
-        self._spaces[space.digest] = space
-
     def _gate_space(self, digest: str) -> GateSpace:
+        """Return the space of gates from the ledger, read once. Its digest is that of its content."""
         if digest not in self._spaces:
-            self._spaces[digest] = deserialize_gate_space(self.ledger.gate_space(digest))
+            space = deserialize_gate_space(self.ledger.gate_space(digest))
+            if space.digest != digest:
+                raise DigestMismatch(f"the gate space {digest} was changed in the database.")
+            self._spaces[digest] = space
         return self._spaces[digest]
 
     def patch(self, version: int) -> PatchSet:

@@ -32,12 +32,15 @@ def find_group(evaluation: EvaluationContext, group_index: int, patch: PatchSet)
         StageKind.FIND,
         evaluation.replica.step_with_patch(patch, _find_and_store(evaluation, indices)),
     )
+    yield from evaluation.editor.get_gate_reference(evaluation.parameters)
     searches = yield from report_as(stage, Progress(Phase.FIND, first, len(records)))
     group = []
     for i, search in zip(indices, searches, strict=True):
         data = stages.store.get(ArtifactKind.FACTORS.name_of(i))
         assert data is not None
-        updates = deserialize_updates(data, _edit_id(i), normalize_whitespace(records[i].subject))
+        updates = deserialize_updates(
+            data, _edit_id(i), normalize_whitespace(records[i].subject), evaluation.editor.find_gate_space
+        )
         group.append(FoundEdit(updates, search))
     return group
 

@@ -31,8 +31,8 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from service.gating.gate_space import GateSpace
-from service.weights.factors import Association, Gate
+from service.weights.factors import Association
+from service.weights.gate_space import GateSpace
 
 
 @dataclass(frozen=True)
@@ -115,15 +115,17 @@ def _largest_products(q: Tensor, keys: Tensor) -> Tensor:
     return largest
 
 
-def build_gated_rows(space: GateSpace, associations: Sequence[Association]) -> GatedRows:
-    """Return the rows of one layer for its active gated associations, in the order of their edits' ids."""
+def build_gated_rows(associations: Sequence[Association]) -> GatedRows:
+    """Return the rows of the active gated associations of one layer and space, in the order of their edits' ids."""
     ordered = sorted(associations, key=lambda a: a.edit)
-    gates = [_gate_in(space, a) for a in ordered]
+    gates = [gate for a in ordered if (gate := a.gate) is not None]
+    if len({gate.space.digest for gate in gates}) != 1 or len(gates) != len(ordered):
+        raise ValueError("gated rows need associations whose gates are in one space")
     number_of_subject = {subject: i for i, subject in enumerate(sorted({a.subject for a in ordered}))}
     most_keys = max(len(gate.keys) for gate in gates)
     most_blocked = max(len(gate.blocked) for gate in gates)
     return GatedRows(
-        space,
+        gates[0].space,
         torch.stack([_padded(gate.keys, most_keys) for gate in gates]),
         torch.stack([_padded(gate.blocked, most_blocked) for gate in gates]),
         torch.stack([torch.arange(most_blocked) < len(gate.blocked) for gate in gates]),
@@ -138,10 +140,3 @@ def _padded(keys: Tensor, count: int) -> Tensor:
     """Return `count` keys: these, then the first of them again; zeros where there is none."""
     first = keys[:1] if len(keys) else keys.new_zeros(1, keys.shape[1])
     return torch.cat([keys, first.expand(count - len(keys), -1)])
-
-
-def _gate_in(space: GateSpace, association: Association) -> Gate:
-    """Return the gate of an association. Raise ValueError if it is not of this space."""
-    if association.gate is None or association.gate.space != space.digest:
-        raise ValueError(f"the association of edit {association.edit} has no gate in this space")
-    return association.gate

@@ -102,6 +102,17 @@ class RomeParameters(BaseModel):
         le=10,
         description="factor of the change of value; above 1 it makes up for the early stop of the optimization",
     )
+    form: Literal["weights", "gated"] = Field(
+        "weights",
+        description='"weights": the edit is solved into the weight of its layer; "gated": its change is looked up and added where the '
+        "subject stands",
+    )
+    gate_threshold: float = Field(
+        0.5,
+        gt=-1,
+        lt=1,
+        description="whitened cosine with a key of the edit above which a gated edit acts",
+    )
     compat: Literal["meng2022"] | None = Field(
         None, description="the asymmetric key of the published ROME in place of r-ROME's"
     )

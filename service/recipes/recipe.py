@@ -75,9 +75,10 @@ class Recipe(BaseModel):
         shared: tuple[str, ...] = ("layers",)
         if method.needs_covariance:
             shared = tuple(rome) if method.parameters is RomeParameters else SHARED_HPARAMS
-        return (
-            {name: rome[name] for name in shared} | method.fixed_hparams | self.methods.get(method.name, {})
-        )
+        base = {name: rome[name] for name in shared}
+        if "form" in base and method.name != DEFAULT_METHOD:
+            base["form"] = "weights"
+        return base | method.fixed_hparams | self.methods.get(method.name, {})
 
 
 def resolve_hparams(
@@ -113,6 +114,8 @@ def resolve_hparams(
         raise InvalidInput("hparams.compat: the published form edits one layer; name one.", "hparams")
     if isinstance(resolved, RomeParameters) and resolved.compat and method != DEFAULT_METHOD:
         raise InvalidInput('hparams.compat: only the method "rome" has the published form.', "hparams")
+    if isinstance(resolved, RomeParameters) and resolved.form == "gated":
+        _check_can_be_gated(resolved, method)
     invalid_layers = [x for x in resolved.layers if not 0 <= x < layers]
     if invalid_layers or len(set(resolved.layers)) < len(resolved.layers):
         raise InvalidInput(f"hparams.layers must name different layers from 0 to {layers - 1}.", "hparams")
@@ -125,3 +128,15 @@ def parse_recipe(text: str) -> Recipe:
         return Recipe.model_validate_json(text)
     except ValidationError as error:
         raise Misconfigured(f"recipe.json cannot be used: {error}") from None
+
+
+def _check_can_be_gated(parameters: RomeParameters, method: str) -> None:
+    """Raise InvalidInput unless an edit with these hyperparameters can be looked up."""
+    if method != DEFAULT_METHOD:
+        raise InvalidInput('hparams.form: only the method "rome" has the form "gated".', "hparams")
+    if len(parameters.layers) > 1:
+        raise InvalidInput("hparams.form: a gated edit is written at one layer; name one.", "hparams")
+    if parameters.compat:
+        raise InvalidInput(
+            "hparams.form: the published form has no gate; leave out compat or form.", "hparams"
+        )

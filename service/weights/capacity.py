@@ -124,9 +124,9 @@ def average_capacities_in_steps(updates: Iterable[EditUpdate]) -> Stepper[dict[i
 
 
 def _group_by_metric(updates: Iterable[EditUpdate]) -> dict[tuple[int, str], list[Association]]:
-    """Return the associations of each layer and metric."""
+    """Return the associations of each layer and metric. A gated one occupies nothing and needs no room."""
     groups: dict[tuple[int, str], list[Association]] = {}
     for p in updates:
-        if isinstance(p, Association):
+        if isinstance(p, Association) and p.gate is None:
             groups.setdefault((p.layer, p.solve_mode.rule.metric), []).append(p)
     return groups

@@ -8,7 +8,7 @@ weights of a version.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,6 +19,7 @@ from service.methods.method import JOINT_RULE, SolveRule
 from service.methods.registry import SOLVE_RULES
 from service.models.loading import WeightRef
 from service.models.memory_estimates import COLUMN_BLOCK
+from service.weights.gate_space import GateSpace
 
 DEFAULT_RIDGE = 1e-3  # eps of the mode "joint", as a multiple of the mean of D, when a recipe names none
 
@@ -50,7 +51,7 @@ class Gate:
     """Where a gated association acts: at keys whose cosine in the gate space with one of its own exceeds a threshold
     and the cosine with every blocked key (`service/gating/gated_rows.py`)."""
 
-    space: str  #: digest of the gate space
+    space: GateSpace
     keys: Tensor = field(repr=False)  #: its keys in the gate space, (m, r) in fp32, of norm 1
     blocked: Tensor = field(repr=False)  #: keys of other subjects that are near, (b, r); b can be 0
     threshold: float
@@ -188,17 +189,27 @@ def _association_tensors(a: Association) -> dict[str, Tensor]:
         tensors[f"{prefix}.gate.keys"] = a.gate.keys.float()
         tensors[f"{prefix}.gate.blocked"] = a.gate.blocked.float()
         tensors[f"{prefix}.gate.threshold"] = torch.tensor([a.gate.threshold], dtype=torch.float32)
-        tensors[f"{prefix}.gate.space"] = torch.frombuffer(bytearray.fromhex(a.gate.space), dtype=torch.uint8)
+        digest = bytearray.fromhex(a.gate.space.digest)
+        tensors[f"{prefix}.gate.space"] = torch.frombuffer(digest, dtype=torch.uint8)
     return tensors
 
 
-def _read_gate(tensors: Mapping[str, Tensor], layer: int) -> Gate | None:
+#: the digest of a gate space -> the space
+FindGateSpace = Callable[[str], GateSpace]
+
+
+def no_gate_space(digest: str) -> GateSpace:
+    """Raise KeyError: for factors that have no gate."""
+    raise KeyError(f"the gate space {digest} is not at hand")
+
+
+def _read_gate(tensors: Mapping[str, Tensor], layer: int, find_space: FindGateSpace) -> Gate | None:
     prefix = f"layer.{layer}.gate"
     if f"{prefix}.keys" not in tensors:
         return None
-    space = bytes(tensors[f"{prefix}.space"].tolist()).hex()
+    digest = bytes(tensors[f"{prefix}.space"].tolist()).hex()
     return Gate(
-        space,
+        find_space(digest),
         tensors[f"{prefix}.keys"],
         tensors[f"{prefix}.blocked"],
         float(tensors[f"{prefix}.threshold"]),
@@ -209,8 +220,11 @@ def _dense_update_tensors(a: DenseUpdate) -> dict[str, Tensor]:
     return {f"weight.{a.weight_ref.layer}.{a.weight_ref.part}": a.change.float()}
 
 
-def deserialize_updates(data: bytes, edit: str, subject: str) -> list[EditUpdate]:
-    """Return the updates of one edit from the bytes of `serialize_updates`."""
+def deserialize_updates(
+    data: bytes, edit: str, subject: str, find_space: FindGateSpace = no_gate_space
+) -> list[EditUpdate]:
+    """Return the updates of one edit from the bytes of `serialize_updates`. `find_space` returns the space of gates,
+    which are stored with its digest."""
     tensors = load(data)
     names = [name.split(".") for name in sorted(tensors)]
     modes = {
@@ -228,7 +242,7 @@ def deserialize_updates(data: bytes, edit: str, subject: str) -> list[EditUpdate
             tensors[f"layer.{x}.direction"],
             tensors[f"layer.{x}.value"],
             modes.get(x, JOINT),
-            _read_gate(tensors, x),
+            _read_gate(tensors, x, find_space),
         )
         for x in layers
     ]

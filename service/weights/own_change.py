@@ -79,10 +79,11 @@ class OwnChanges:
         return cls(borderings)
 
     def norm(self, update: EditUpdate) -> float:
-        """Return the Frobenius norm of the change that an update adds, at the strength that the update has."""
+        """Return the Frobenius norm of the change of the weight that an update adds, at the strength that the update
+        has; 0 for a gated association."""
         if isinstance(update, DenseUpdate):
             return float(update.change.double().norm())
-        return self.change(update).norm()
+        return 0.0 if update.gate is not None else self.change(update).norm()
 
     def change(self, update: Association) -> LowRank:
         """Return the change that an association adds."""
@@ -98,7 +99,7 @@ def _by_place(updates: Sequence[EditUpdate]) -> dict[tuple[WeightRef, SolveMode]
     """Return the associations of each weight and solve mode, in the order of the edits' ids."""
     places: dict[tuple[WeightRef, SolveMode], list[Association]] = {}
     for update in sorted(updates, key=lambda u: u.edit):
-        if isinstance(update, Association):
+        if isinstance(update, Association) and update.gate is None:
             places.setdefault((update.weight_ref, update.solve_mode), []).append(update)
     return places
 

@@ -26,7 +26,7 @@ from service.editing.greedy_text import GreedyText, generate_greedy
 from service.editing.guard import Check, CheckName, GuardResult
 from service.editing.probes import Probe, edit_holds, neighbor_preserved, probe_of_entry
 from service.engine.versioned_model import VersionedModel
-from service.errors import Cancelled, Conflict, InvalidInput, PalimpsestError, Unavailable
+from service.errors import Cancelled, Conflict, DigestMismatch, InvalidInput, PalimpsestError, Unavailable
 from service.jobs.job_store import ClaimedJob
 from service.jobs.memory_broker import MemoryBroker
 from service.kit.steps import (
@@ -41,6 +41,7 @@ from service.models.loading import WeightRef
 from service.models.scoring import log_probs_blocking
 from service.models.separator_choice import choose_separator
 from service.models.token_batch import tokenize_prompt_and_target
+from service.patches.gated_patch import GatedPatch
 from service.patches.patch import PatchSet
 from service.recipes.recipe import Recipe
 from service.schemas import EditRequest
@@ -48,6 +49,7 @@ from service.settings import Settings
 from service.weights import composition
 from service.weights.composition import apply_delta, compose_layer
 from service.weights.factors import Association, deserialize_updates, serialize_updates
+from service.weights.gate_space import build_gate_space
 from tests.support.associations import associations_of
 from tests.support.probe_results import probe_result
 from tests.support.reporters import CallbackReporter, RaisingReporter
@@ -190,6 +192,7 @@ def harness(open_harness: Callable[[], EditingHarness]) -> EditingHarness:
 
 
 def same_tensors(one: Any, two: Any) -> bool:
+    one, two = (x.weights if isinstance(x, PatchSet) else x for x in (one, two))
     return one.keys() == two.keys() and all(torch.equal(one[x], two[x]) for x in one)
 
 
@@ -1255,3 +1258,80 @@ def test_edit_that_exceeds_total_memory_is_rejected(
     monkeypatch.setattr("service.models.memory_estimates.total_bytes", lambda _device: 2**40)
     with pytest.raises(Unavailable, match="ask again later"):
         harness.run_edit("Big Ben")
+
+
+# gated edits
+
+GATED = {"hparams": {"form": "gated"}}
+
+
+def test_a_gated_edit_acts_where_its_subject_stands(harness: EditingHarness) -> None:
+    """The version of a gated edit changes no weight. Its subject has the new object, and a text without it the bytes of
+    the base model. The report and the ledger name the form."""
+    base = logits_at(harness, 0, "Look at the moon")
+    edit = harness.run_edit(**GATED)
+    assert (edit["status"], edit["version"]) == ("applied", 1)
+    result = edit["result"]
+    assert result["scores"]["after"]["ES"] == 1.0
+    assert result["norm_ratio"] == {} and result["gate"]["threshold"] == 0.5
+    assert harness.ledger_body(1)["hparams"]["form"] == "gated"
+    assert harness.replica.weights(1) == {}
+    assert torch.equal(logits_at(harness, 1, "Look at the moon"), base)
+    assert not torch.equal(
+        logits_at(harness, 1, "Look at the Eiffel Tower"), logits_at(harness, 0, "Look at the Eiffel Tower")
+    )
+
+
+def logits_at(harness: EditingHarness, version: int, text: str) -> torch.Tensor:
+    with harness.replica.use_patch(harness.replica.patch(version)) as model, torch.no_grad():
+        return model.model(input_ids=torch.tensor([model.encode(text)[0]])).logits[0]
+
+
+def test_forms_are_active_together_and_revert_exactly(harness: EditingHarness) -> None:
+    """Edits of both forms share a version. Reverting all of them gives the digest of the base model, and reverting one
+    gives that of the version that never had it."""
+    gated = harness.run_edit(**GATED)
+    solved = harness.run_edit("Louvre", "city")
+    assert [type(p).__name__ for p in harness.replica.patch(2).patches] == ["DensePatch", "GatedPatch"]
+    digests = [harness.replica.attest_version(v) for v in range(3)]
+    harness.revert(solved)
+    assert harness.replica.attest_version(3) == digests[1]
+    harness.revert(gated)
+    assert harness.replica.attest_version(4) == digests[0]
+    assert harness.services.ledger.verify()["ok"]
+
+
+def test_another_worker_reads_gates_from_the_ledger(harness: EditingHarness) -> None:
+    """A replica that computed none of the edits composes the same version from the database alone."""
+    harness.run_edit(**GATED)
+    harness.run_edit("Louvre", "city", **GATED)
+    other = VersionedModel(tiny(), harness.worker_parts.ledger)
+    assert other.digest(2) == harness.replica.attest_version(2)
+    (stored,) = harness.database.engine.connect().exec_driver_sql("SELECT digest FROM gate_spaces").fetchall()
+    (patch,) = other.patch(2).patches
+    assert isinstance(patch, GatedPatch)
+    assert patch.rows.space.digest == stored[0]
+
+
+def test_a_changed_gate_space_is_refused(harness: EditingHarness) -> None:
+    """A space whose bytes are not those of its digest raises DigestMismatch."""
+    harness.run_edit(**GATED)
+    space = build_gate_space(harness.context.statistics[1], seed=7)
+    with harness.database.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE gate_spaces SET data = ?", (space.serialize(),))
+    with pytest.raises(DigestMismatch, match="gate space"):
+        VersionedModel(tiny(), harness.worker_parts.ledger).digest(1)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"hparams": {"form": "gated", "layers": [0, 1]}}, "name one"),
+        ({"hparams": {"form": "gated"}, "method": "memit"}, 'only the method "rome"'),
+        ({"hparams": {"form": "gated", "compat": "meng2022"}}, "leave out"),
+    ],
+)
+def test_an_edit_that_cannot_be_gated_is_refused(harness: EditingHarness, more: Any, words: str) -> None:
+    """The error says what to change."""
+    with pytest.raises(InvalidInput, match=words):
+        harness.submit(**more)

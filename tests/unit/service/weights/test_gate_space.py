@@ -1,11 +1,11 @@
-"""The whitened sketch: service.gating.gate_space."""
+"""The whitened sketch: service.weights.gate_space."""
 
 from __future__ import annotations
 
 import torch
 
 from service.covariance.second_moment import KeyStatistics
-from service.gating.gate_space import build_gate_space, deserialize_gate_space
+from service.weights.gate_space import build_gate_space, deserialize_gate_space
 
 D, LAYER = 60, 1
 SPREAD = torch.randn(D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

@@ -1,0 +1,141 @@
+"""Keys at which the gate of an edit must stay closed: those of unrelated text, and those of other subjects.
+
+They are a function of the base model, its corpus and its table of facts, not of other edits, so that a gate depends on
+its own edit alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from service.covariance.collect import batch_by_length, unpadded_keys
+from service.covariance.second_moment import KeyStatistics
+from service.kit.steps import Phase, Progress, Stepper
+from service.kit.text import mentions, normalize_whitespace
+from service.models.hooks import capture, stop_after
+from service.models.loading import LoadedModel
+from service.models.token_batch import forward, pad
+from service.weights.factors import Gate
+from service.weights.gate_space import GateSpace, build_gate_space
+
+REFERENCE_TEXTS = 100  # of the corpus
+TEXT_TOKENS = 64  # of each
+MAX_KEYS = 8  # of one gate
+MAX_BLOCKED = 16  # of one gate
+BLOCK_MARGIN = 0.1  # keys whose cosine is this much below the threshold, or less, are blocked, too
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """How well a gate tells its subject apart from others; whitened cosines."""
+
+    threshold: float
+    agreement: float  #: the least cosine of one of its keys with the nearest other one of them
+    nearest: float  #: the largest cosine with a reference key of another subject
+    nearest_source: str  #: the name of that subject, or the text that the key is from
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the keys agree more with each other than with another subject, and open the gate by themselves."""
+        return self.agreement > max(self.threshold, self.nearest)
+
+
+@dataclass(frozen=True)
+class GateReference:
+    """The reference keys of one layer."""
+
+    space: GateSpace
+    keys: Tensor = field(repr=False)  #: q (N, r)
+    sources: list[str] = field(
+        repr=False
+    )  #: of each key: the text that it is from, or the name of its subject
+    text_keys: int  #: number of the keys from texts, which come first
+
+    def build_gate(self, keys: Tensor, subject: str, threshold: float) -> Gate:
+        """Return the gate of an edit from the keys (m, D) of its subject, the first of which is that of the bare prompt.
+        The reference keys that come near are blocked, the nearest ones first, except those of the subject itself."""
+        own = most_different(self.space.project(keys.cpu()), MAX_KEYS)
+        similarity = (self.keys @ own.T).amax(1)
+        near = (similarity > threshold - BLOCK_MARGIN).nonzero()[:, 0]
+        order = near[similarity[near].sort(descending=True, stable=True).indices].tolist()
+        others = islice((i for i in order if not self._is_about(i, subject)), MAX_BLOCKED)
+        return Gate(self.space, own, self.keys[list(others)], threshold)
+
+    def describe(self, gate: Gate, subject: str) -> GateReport:
+        """Return how well a gate tells its subject apart."""
+        similarity = (self.keys @ gate.keys.T).amax(1)
+        order = similarity.sort(descending=True, stable=True).indices.tolist()
+        nearest = next((i for i in order if not self._is_about(i, subject)), None)
+        return GateReport(
+            threshold=gate.threshold,
+            agreement=_agreement(gate.keys),
+            nearest=float(similarity[nearest]) if nearest is not None else 0.0,
+            nearest_source=self.sources[nearest] if nearest is not None else "",
+        )
+
+    def _is_about(self, number: int, subject: str) -> bool:
+        source = normalize_whitespace(self.sources[number])
+        return mentions(source, subject) if number < self.text_keys else fold(source) == fold(subject)
+
+
+def _agreement(keys: Tensor) -> float:
+    """Return the least cosine of a key (m, r) with the nearest other one; 1 for a single key."""
+    if len(keys) < 2:
+        return 1.0
+    cosines = keys @ keys.T
+    cosines.fill_diagonal_(-1)
+    return float(cosines.amax(1).min())
+
+
+def most_different(keys: Tensor, count: int) -> Tensor:
+    """Return at most `count` of the keys (m, r): the first one, then again and again the one that is farthest from those
+    that are chosen. Keys after many contexts are nearly the same."""
+    chosen = [0]
+    nearest = keys @ keys[0]
+    while len(chosen) < min(count, len(keys)):
+        chosen.append(int(nearest.argmin()))
+        nearest = torch.maximum(nearest, keys @ keys[chosen[-1]])
+    return keys[chosen]
+
+
+def fold(name: str) -> str:
+    return normalize_whitespace(name).casefold()
+
+
+def collect_gate_reference(
+    model: LoadedModel, statistics: KeyStatistics, texts: Sequence[str], subjects: Sequence[str]
+) -> Stepper[GateReference]:
+    """Return the reference of a layer: the keys of every token of the first texts, and those of the last token of
+    every subject."""
+    space = build_gate_space(statistics)
+    rows = [model.encode(text)[0][:TEXT_TOKENS] for text in texts[:REFERENCE_TEXTS]]
+    names = [model.encode(name)[0] for name in subjects]
+    keys: list[Tensor] = []
+    sources: list[str] = []
+    total = len(rows) + len(names)
+    for number, (ids, source) in enumerate(zip(rows, texts, strict=False)):
+        row_keys = yield from _keys_of(model, space.layer, [ids], Progress(Phase.PREPARE, number, total))
+        keys.append(space.project(row_keys))
+        sources += [source] * len(row_keys)
+    text_keys, done = len(sources), len(rows)
+    for batch in batch_by_length(names):
+        captured = yield from _keys_of(model, space.layer, batch, Progress(Phase.PREPARE, done, total))
+        ends = torch.tensor([len(ids) for ids in batch]).cumsum(0) - 1
+        keys.append(space.project(captured[ends]))
+        sources += [model.decode(ids) for ids in batch]
+        done += len(batch)
+    return GateReference(space, torch.cat(keys), sources, text_keys)
+
+
+def _keys_of(model: LoadedModel, layer: int, rows: list[list[int]], progress: Progress) -> Stepper[Tensor]:
+    """Return the keys of all tokens of some rows, row by row, (N, D)."""
+    batch = pad(rows, model)
+    with capture({0: model.down_proj(layer)}, "input") as captured, stop_after(model.down_proj(layer)):
+        forward(model, batch)
+    yield progress
+    return unpadded_keys(captured[0], batch).cpu()
