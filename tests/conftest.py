@@ -19,6 +19,7 @@ from service.fetching.fetch import fetch_model
 from service.fetching.known_models import find_known_model
 from service.fetching.models_folder import ModelsFolder
 from service.settings import SHIPPED_MODEL, Settings
+from tests.support.compiled_statements import share_compiled_statements
 from tests.support.disk_writes import do_not_wait_for_the_disk
 from tests.support.migrations import migrate
 from tests.support.server_fixtures import postgres_server, postgres_url, redis_server, redis_url
@@ -26,6 +27,7 @@ from tests.support.server_fixtures import postgres_server, postgres_url, redis_s
 __all__ = ["postgres_server", "postgres_url", "redis_server", "redis_url"]
 
 do_not_wait_for_the_disk()
+share_compiled_statements()
 gc.disable()  # until the tests are collected
 # The time of an example depends on the load of the machine.
 settings.register_profile(

@@ -19,6 +19,7 @@ from tests.support.page_blocks import (
     FRESH_SERVICE,
     PLAIN_LANGUAGES,
     PYTHON_LANGUAGES,
+    QUICK_EDITS,
     SHELL_LANGUAGES,
     Block,
     doc_pages,
@@ -29,7 +30,7 @@ from tests.support.page_blocks import (
 from tests.support.page_output import output_matches
 from tests.support.page_sessions import DocSession
 from tests.support.processes import EmbeddedService
-from tests.support.shipped_service import copy_statistics, wait_for_statistics
+from tests.support.shipped_service import copy_statistics, model_of_quick_edits, wait_for_statistics
 
 DATA_PARSERS: dict[str, Callable[[str], object]] = {
     "json": json.loads,
@@ -53,8 +54,11 @@ def shared_service(
 @contextmanager
 def service_for_page(page: str, shared_service: EmbeddedService, folder: Path) -> Iterator[EmbeddedService]:
     """Yield a service at version 0 of the shared ledger, or a new service if the page shows version numbers."""
-    if FRESH_SERVICE in page_text(page):
-        service = EmbeddedService(copy_statistics(shared_service.data / "statistics", folder))
+    text = page_text(page)
+    if FRESH_SERVICE in text or QUICK_EDITS in text:
+        data = copy_statistics(shared_service.data / "statistics", folder / "data")
+        model = model_of_quick_edits(folder) if QUICK_EDITS in text else None
+        service = EmbeddedService(data, model=model)
         wait_for_statistics(service)
         yield service
         service.stop()

@@ -14,4 +14,4 @@ DURABLE_PRAGMAS = database.SQLITE_PRAGMAS
 def do_not_wait_for_the_disk() -> None:
     """Disable fsync in this process and in those that are forked from it."""
     database.SQLITE_PRAGMAS = {"synchronous": "OFF", "journal_mode": "WAL", "foreign_keys": "ON"}
-    os.fsync = lambda _: None
+    os.fsync = lambda fd: None

@@ -1,14 +1,17 @@
-"""Fast migration of test databases: SQLite gets a copy of the first migrated database, and PostgreSQL the recorded
-statements of the first migration."""
+"""Fast migration of test databases: SQLite gets a copy of a migrated database, and PostgreSQL the recorded statements
+of the first migration."""
 
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psycopg
 from sqlalchemy import event
 
 from service.db.database import Database
@@ -16,7 +19,7 @@ from service.db.database import Database
 #: beginnings of statements that change the database
 MODIFYING_STATEMENTS = ("CREATE", "ALTER", "INSERT", "UPDATE", "DROP", "DELETE")
 
-_recorded: list[tuple[str, Any]] = []  # the statements for PostgreSQL
+_recorded: list[str] = []  # the statements for PostgreSQL
 
 
 def migrate(database: Database) -> None:
@@ -26,24 +29,20 @@ def migrate(database: Database) -> None:
     elif database.revision() is not None:
         database.migrate()
     elif _recorded:
-        with database.engine.begin() as connection:
-            for statement, parameters in _recorded:
-                connection.exec_driver_sql(statement, parameters)
+        with driver_connection(database) as connection:
+            connection.execute(";\n".join(_recorded))  # one round trip
+            connection.commit()
     else:
         _recorded[:] = _record_migration(database)
 
 
 def _migrate_sqlite(database: Database) -> None:
-    with database.engine.connect() as connection:
-        is_empty = connection.exec_driver_sql("PRAGMA schema_version").scalar() == 0
+    with driver_connection(database) as connection:
+        is_empty = connection.execute("PRAGMA schema_version").fetchone() == (0,)
+        if is_empty:
+            _migrated_sqlite().backup(connection)
     if not is_empty:
         database.migrate()
-        return
-    connection = database.engine.raw_connection()
-    try:
-        _migrated_sqlite().backup(connection.driver_connection)
-    finally:
-        connection.close()
 
 
 @cache
@@ -53,20 +52,29 @@ def _migrated_sqlite() -> sqlite3.Connection:
     with TemporaryDirectory() as folder:
         database = Database(f"sqlite:///{Path(folder) / 'migrated.sqlite3'}")
         database.migrate()
-        connection = database.engine.raw_connection()
-        connection.driver_connection.backup(copy)
-        connection.close()
+        with driver_connection(database) as connection:
+            connection.backup(copy)
         database.close()
     return copy
 
 
-def _record_migration(database: Database) -> list[tuple[str, Any]]:
-    """Migrate a database, and return its statements."""
-    statements: list[tuple[str, Any]] = []
+@contextmanager
+def driver_connection(database: Database) -> Iterator[Any]:
+    """Yield the driver's connection, outside a transaction."""
+    pooled = database.engine.raw_connection()
+    try:
+        yield pooled.driver_connection
+    finally:
+        pooled.close()
 
-    def record(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> None:
+
+def _record_migration(database: Database) -> list[str]:
+    """Migrate a database, and return its statements."""
+    statements: list[str] = []
+
+    def record(_: Any, cursor: psycopg.Cursor, statement: str, parameters: Any, *__: Any) -> None:
         if statement.lstrip().startswith(MODIFYING_STATEMENTS):
-            statements.append((statement, parameters or None))
+            statements.append(psycopg.ClientCursor(cursor.connection).mogrify(statement, parameters))
 
     event.listen(database.engine, "before_cursor_execute", record)
     try:

@@ -7,6 +7,7 @@ A directive is an HTML comment directly before a block:
     <!-- setup: COMMANDS -->    commands that run before the block, such as setting an id in a variable
 
 `<!-- a fresh service -->` anywhere on a page requests an empty ledger, for pages that show version numbers.
+`<!-- a fresh service with quick edits -->` also requests a quicker recipe, for pages that show no figures of an edit.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ NOT_RUN, OUTPUT, SETUP = "not run:", "output", "setup:"
 EXAMPLES_PAGE = "examples/README.md"
 #: mark of a page whose output assumes an empty ledger
 FRESH_SERVICE = "<!-- a fresh service -->"
+#: mark of a page whose output also holds for edits of fewer steps
+QUICK_EDITS = "<!-- a fresh service with quick edits -->"
 
 
 @dataclass(frozen=True)

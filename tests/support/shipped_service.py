@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from service.settings import SHIPPED_MODEL
 from tests.support.processes import EmbeddedService, wait_until
+
+#: parameters with which an edit passes the guard and takes half the time
+QUICK_PARAMETERS = {"contexts": 2, "steps": 10, "learning_rate": 1.0}
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +50,19 @@ def copy_statistics(statistics_folder: Path, data: Path) -> Path:
     """Copy the statistics into a data folder, and return the data folder."""
     shutil.copytree(statistics_folder, data / "statistics", dirs_exist_ok=True)
     return data
+
+
+def model_of_quick_edits(folder: Path) -> Path:
+    """Make a folder with the files of the shipped model and a quicker recipe, and return it."""
+    model = folder / SHIPPED_MODEL.name
+    model.mkdir(parents=True)
+    for file in SHIPPED_MODEL.iterdir():
+        if file.name != "recipe.json":
+            (model / file.name).symlink_to(file)
+    recipe = json.loads((SHIPPED_MODEL / "recipe.json").read_text(encoding="utf-8"))
+    recipe["rome"] |= QUICK_PARAMETERS
+    (model / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
+    return model
 
 
 @contextmanager
