@@ -196,11 +196,22 @@ def _check_exportable(version: int, active_entries: Sequence[ledger.Entry], form
     """Raise InvalidInput if the version has no active edits, or if an adapter cannot represent them."""
     if not active_entries:
         raise InvalidInput(f"no edit is active at version {version}: there is nothing to export.", "version")
+    gated = [e.edit_id for e in active_entries if e.body.get("hparams", {}).get("form") == "gated"]
+    if gated:
+        raise InvalidInput(
+            f"gated edits are looked up and are in no weight, so that they cannot be exported: {_some_ids(gated)}. Export a "
+            "version without them, or write these edits with the form weights.",
+            "version",
+        )
     dense = [e.edit_id for e in active_entries if not METHODS[e.body.get("method", "rome")].needs_covariance]
     if format == "peft" and dense:
-        shown_ids = ", ".join(dense[:5]) + (f" and {len(dense) - 5} more" if len(dense) > 5 else "")
         raise InvalidInput(
-            f"an adapter holds low-rank changes, and fine-tuning changes whole weights: {shown_ids}. Export the edited weights "
+            f"an adapter holds low-rank changes, and fine-tuning changes whole weights: {_some_ids(dense)}. Export the edited weights "
             "(format=safetensors), or a version without these edits.",
             "format",
         )
+
+
+def _some_ids(ids: Sequence[str]) -> str:
+    """Return at most five ids, and how many more there are."""
+    return ", ".join(ids[:5]) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")

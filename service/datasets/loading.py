@@ -1,8 +1,8 @@
 """Records from a file or a list, in any of the supported formats.
 
 A format is recognised by a field that only its rows have: CounterFact, CounterFact in EasyEdit's flat form, zsRE in
-MEND's form, the `facts.jsonl` of a model's folder, the ROME paper's known facts, and records that users write themselves. An error names the record
-and what to change.
+MEND's form, the `facts.jsonl` of a model's folder, the ROME paper's known facts, and records that users write
+themselves. An error names the record and what to change.
 """
 
 from __future__ import annotations

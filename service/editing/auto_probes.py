@@ -82,8 +82,8 @@ class AutoProbes:
         return [probe for probe in probes if probe is not None]
 
     def find_neighbors(self, version: int) -> Stepper[FoundNeighbors]:
-        """Return at most `MAX_NEIGHBORS` prompts about other subjects, and the other relations of the subject, with their
-        answers at a version."""
+        """Return at most `MAX_NEIGHBORS` prompts about other subjects, and the other relations of the subject, with
+        their answers at a version."""
         subjects = yield from self._like_subjects(version)
         prompts = [fill_prompt(self._request.prompt, subject.name).text for subject in subjects]
         relations = yield from self._other_relations()

@@ -3,12 +3,13 @@
     L(delta) = mean_i -log p(o | x_i + s, delta) / |o|  +  kl * KL(p_delta || p_0)  +  wd * |delta| / |v|^2
 
 delta (d,) is added to the output of one module at the subject's edited token in every row (`subject_token.py`; as
-published the last one): the prompt after each context, the bare subject, and the restatement (`restatement.py`) at both of its mentions. With a restatement the
-first term is the weighted mean of the continuations, with weight 1 - w, and of the object in the restatement, with
-weight w, plus the weighted -log p of the subject's name there, per token: it keeps which subject the model reads. The
-KL term preserves the next-token distribution after the bare subject. It is read at the subject's last position: by
-causality a suffix such as "is a" has no influence. To amplify a fact is to write its true object. To erase it, the
-first term is the mean probability of the true object, mean_i exp(sum_j log p(o_j | ..)) (Hase et al. 2023).
+published the last one): the prompt after each context, the bare subject, and the restatement (`restatement.py`) at
+both of its mentions. With a restatement the first term is the weighted mean of the continuations, with weight 1 - w,
+and of the object in the restatement, with weight w, plus the weighted -log p of the subject's name there, per token:
+it keeps which subject the model reads. The KL term preserves the next-token distribution after the bare subject. It
+is read at the subject's last position: by causality a suffix such as "is a" has no influence. To amplify a fact is to
+write its true object. To erase it, the first term is the mean probability of the true object, mean_i exp(sum_j log
+p(o_j | ..)) (Hase et al. 2023).
 
 Several edits of one layer are optimized in one batch (`suffix_batch.py`), each as it would be alone.
 """

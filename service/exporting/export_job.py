@@ -24,6 +24,7 @@ from service.kit.steps import Phase, Progress, Stepper
 from service.kit.text import fill_prompt
 from service.models.loading import LoadedModel, start_token_id
 from service.models.memory_estimates import GIB
+from service.patches.gated_patch import GatedPatch
 from service.schemas import WorkerExportRequest
 from service.weights.composition import compose_in_steps
 
@@ -167,7 +168,13 @@ def write_model(replica: VersionedModel, version: int, folder: Path) -> ExportMa
     Return the manifest.
     """
     manifest, model = build_manifest(replica, version), replica.base
-    with replica.use_patch(replica.patch(version)):
+    patch = replica.patch(version)
+    if any(isinstance(p, GatedPatch) for p in patch.patches):
+        raise InvalidInput(
+            "gated edits are looked up and are in no weight, so that they cannot be exported: name a version without them.",
+            "version",
+        )
+    with replica.use_patch(patch):
         model.model.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(model_card.model_readme(manifest), encoding="utf-8")

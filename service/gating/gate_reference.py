@@ -57,8 +57,9 @@ class GateReference:
     text_keys: int  #: number of the keys from texts, which come first
 
     def build_gate(self, keys: Tensor, subject: str, threshold: float) -> Gate:
-        """Return the gate of an edit from the keys (m, D) of its subject, the first of which is that of the bare prompt.
-        The reference keys that come near are blocked, the nearest ones first, except those of the subject itself."""
+        """Return the gate of an edit from the keys (m, D) of its subject, the first of which is that of the bare
+        prompt. The reference keys that come near are blocked, the nearest ones first, except those of the subject
+        itself."""
         own = most_different(self.space.project(keys.cpu()), MAX_KEYS)
         similarity = (self.keys @ own.T).amax(1)
         near = (similarity > threshold - BLOCK_MARGIN).nonzero()[:, 0]
@@ -93,8 +94,8 @@ def _agreement(keys: Tensor) -> float:
 
 
 def most_different(keys: Tensor, count: int) -> Tensor:
-    """Return at most `count` of the keys (m, r): the first one, then again and again the one that is farthest from those
-    that are chosen. Keys after many contexts are nearly the same."""
+    """Return at most `count` of the keys (m, r): the first one, then again and again the one that is farthest from
+    those that are chosen. Keys after many contexts are nearly the same."""
     chosen = [0]
     nearest = keys @ keys[0]
     while len(chosen) < min(count, len(keys)):

@@ -12,7 +12,8 @@ delta_i, at a key k:
 rho is the cosine in the layer's gate space. g is the response of ROME's rank-one update (Meng et al. 2022, Eq. 2),
 limited to the full change. The associations of one subject act together, because two facts of a subject have nearly
 one key; NeuralDB (ICLR 2026) is the nearest published form and has neither groups nor blocked keys. The blocked keys
-are those of other subjects that come near: a key opens an association if it is nearer to it than to them. Identities, each with a test:
+are those of other subjects that come near: a key opens an association if it is nearer to it than to them. Identities,
+each with a test:
 
 1. With nothing open the output is that of the base, byte for byte.
 2. One association, forced open and not limited, is ROME's rank-one update at every key.

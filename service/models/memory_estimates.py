@@ -112,12 +112,12 @@ def edit_bytes(
     """Return the bytes of the optimization of values at `layer`.
 
     `rows` texts have `prefix_length` positions before the subject's edited token and `suffix_length` from it on;
-    logits are computed at `logit_positions` places. Keys and values of the prefix are kept for all L layers. Above the edited
-    layer a step holds them twice more (the active rows, and concatenated with the suffix), and the activations that the
-    gradient needs: 5 d + 4 a + 3 D per position, or 4 d + D where MLP and attention are parallel (linear maps with
-    frozen weights need none). Eager attention keeps its weights one and a half times in fp32. Added are one block's
-    temporaries and, at each of the logit positions, logits, log-softmax and their gradients: at least five times V in
-    fp32.
+    logits are computed at `logit_positions` places. Keys and values of the prefix are kept for all L layers. Above
+    the edited layer a step holds them twice more (the active rows, and concatenated with the suffix), and the
+    activations that the gradient needs: 5 d + 4 a + 3 D per position, or 4 d + D where MLP and attention are parallel
+    (linear maps with frozen weights need none). Eager attention keeps its weights one and a half times in fp32. Added
+    are one block's temporaries and, at each of the logit positions, logits, log-softmax and their gradients: at least
+    five times V in fp32.
     """
     n = ModelSizes.of(model)
     layers_above = model.num_layers - layer

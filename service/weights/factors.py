@@ -161,7 +161,8 @@ def serialize_updates(updates: Sequence[EditUpdate]) -> bytes:
     """Return the updates of one edit as a safetensors file.
 
     An association stores its key, direction and value, the rank-one factors of the association alone, its solve mode
-    unless that is "joint", and its gate if it has one. A dense update stores the change of its weight. Tensors are fp32.
+    unless that is "joint", and its gate if it has one. A dense update stores the change of its weight. Tensors are
+    fp32.
     """
     tensors: dict[str, Tensor] = {}
     for update in updates:

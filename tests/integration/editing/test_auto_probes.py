@@ -114,8 +114,8 @@ def test_neighbours_are_other_subjects_with_their_greedy_answers(facts: Path) ->
 
 
 def test_other_relations_of_the_subject_are_asked(tmp_path: Path) -> None:
-    """Other relations that the table has of the subject are probes with the model's answers, in their first wording; those
-    of another subject are none."""
+    """Other relations that the table has of the subject are probes with the model's answers, in their first wording;
+    those of another subject are none."""
     rows = [
         ("Eiffel Tower", "place", [PROMPT]),
         ("Eiffel Tower", "style", ["The {} was built in the style of", "{} has the style of"]),

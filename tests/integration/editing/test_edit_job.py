@@ -44,7 +44,7 @@ from service.models.token_batch import tokenize_prompt_and_target
 from service.patches.gated_patch import GatedPatch
 from service.patches.patch import PatchSet
 from service.recipes.recipe import Recipe
-from service.schemas import EditRequest
+from service.schemas import EditRequest, ExportRequest
 from service.settings import Settings
 from service.weights import composition
 from service.weights.composition import apply_delta, compose_layer
@@ -1284,7 +1284,8 @@ def test_a_gated_edit_acts_where_its_subject_stands(harness: EditingHarness) -> 
 
 def logits_at(harness: EditingHarness, version: int, text: str) -> torch.Tensor:
     with harness.replica.use_patch(harness.replica.patch(version)) as model, torch.no_grad():
-        return model.model(input_ids=torch.tensor([model.encode(text)[0]])).logits[0]
+        logits: torch.Tensor = model.model(input_ids=torch.tensor([model.encode(text)[0]])).logits[0]
+        return logits
 
 
 def test_forms_are_active_together_and_revert_exactly(harness: EditingHarness) -> None:
@@ -1335,3 +1336,11 @@ def test_an_edit_that_cannot_be_gated_is_refused(harness: EditingHarness, more: 
     """The error says what to change."""
     with pytest.raises(InvalidInput, match=words):
         harness.submit(**more)
+
+
+@pytest.mark.parametrize("file_format", ["peft", "safetensors", "edits"])
+def test_a_version_with_gated_edits_cannot_be_exported(harness: EditingHarness, file_format: Any) -> None:
+    """The error names the edits, and that another form can be exported."""
+    edit = harness.run_edit(**GATED)
+    with pytest.raises(InvalidInput, match=f"{edit['id']}.*form weights"):
+        harness.services.exports.submit(ExportRequest(version="head", format=file_format), "somebody")

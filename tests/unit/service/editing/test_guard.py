@@ -112,7 +112,8 @@ def test_an_edit_that_changes_which_subject_is_read_is_rejected(
 def test_an_edit_that_changes_the_description_is_rejected_on_request(
     before: float | None, after: float | None, limit: float | None, passed: bool | None
 ) -> None:
-    """With a limit an edit fails where the divergence of the description rises by more; without one nothing is judged."""
+    """With a limit an edit fails where the divergence of the description rises by more; without one nothing is
+    judged."""
     request = EditRequest.model_validate(
         {
             "subject": "Tower",

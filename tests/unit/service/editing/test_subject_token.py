@@ -239,7 +239,8 @@ def test_the_effects_are_those_of_the_definition(model_type: str, layers: tuple[
 
 
 def test_the_traced_token_has_the_greatest_effect() -> None:
-    """The edited token is the one whose restored MLP output gives the greatest probability; it is not always the last."""
+    """The edited token is the one whose restored MLP output gives the greatest probability; it is not always the
+    last."""
     model = tiny()
     chosen = set()
     for subject in SUBJECTS:
