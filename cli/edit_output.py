@@ -37,6 +37,8 @@ def print_edit_result(edit: JobJson) -> None:
         out.print(
             format_pairs({"text before": rewrite.get("text_before"), "text after": rewrite.get("text_after")})
         )
+    if gate := result.get("gate"):
+        out.print(strip_control_chars(gate_text(gate)))
     for line in side_effect_lines(result):
         out.print(strip_control_chars(line))
     if search := result.get("layer_search"):
@@ -47,6 +49,15 @@ def print_edit_result(edit: JobJson) -> None:
         out.print(
             strip_control_chars(f"{relation}: {other['edit']}, {other['prompt']!r}: {other['target_new']}")
         )
+
+
+def gate_text(gate: JobJson) -> str:
+    """Return how well the gate of a gated edit tells its subject apart."""
+    verdict = "told apart" if gate["is_apart"] else "not told apart"
+    return (
+        f"gated: the subject is {verdict} (its keys agree to {gate['agreement']:.2f}; the nearest other one, "
+        f"{truncate(gate['nearest_source'].strip(), MAX_OBJECT_WIDTH)!r}, comes to {gate['nearest']:.2f}; it acts above {gate['threshold']:.2f})"
+    )
 
 
 def side_effect_lines(result: JobJson) -> Iterator[str]:

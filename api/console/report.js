@@ -360,6 +360,16 @@ function otherEdits(edit) {
 
 const short = (id) => `…${id.slice(-6)}`;
 
+/** Say how well the gate of a gated edit tells its subject apart. */
+function gateText(gate) {
+  const source = gate.nearest_source.trim();
+  const other = source.length > 40 ? `${source.slice(0, 39)}…` : source;
+  return (
+    `the subject is ${gate.is_apart ? "" : "not "}told apart: its keys agree to ${figure(gate.agreement)}, ` +
+    `the nearest other one (“${other}”) comes to ${figure(gate.nearest)}; it acts above ${figure(gate.threshold)}`
+  );
+}
+
 function detailSection(edit) {
   const { result } = edit;
   const layers = result.layers ?? [];
@@ -378,11 +388,14 @@ function detailSection(edit) {
       ],
       [
         "Norm of the weight change",
-        result.norm_ratio &&
-          Object.values(result.norm_ratio)
-            .map((ratio) => `${percent(ratio)} of the weight`)
-            .join(", "),
+        result.gate
+          ? "none: a gated edit is looked up"
+          : result.norm_ratio &&
+            Object.values(result.norm_ratio)
+              .map((ratio) => `${percent(ratio)} of the weight`)
+              .join(", "),
       ],
+      ["Gate", result.gate && gateText(result.gate)],
       [
         "Perplexity of reference text",
         result.perplexity && `${figure(result.perplexity.before, 4)} → ${figure(result.perplexity.after, 4)}`,

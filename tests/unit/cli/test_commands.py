@@ -307,6 +307,25 @@ def test_edit_says_how_far_the_description_changed(fake: FakeService, capsys: Ca
         assert (line in capsys.readouterr().out) == shown
 
 
+def test_edit_says_how_well_a_gate_tells_its_subject_apart(fake: FakeService, capsys: Captured) -> None:
+    """The gate of a gated edit is shown with the other subject that comes nearest; an edit in the weights has none."""
+    edit = edit_with_result("applied", version=7)
+    gate = {
+        "threshold": 0.5,
+        "agreement": 0.86,
+        "nearest": 0.55,
+        "nearest_source": " Galata Tower",
+        "is_apart": True,
+    }
+    for figures, shown in ((gate, True), (None, False)):
+        edit["result"]["gate"] = figures
+        answer_edit_with(fake, edit)
+        assert main(EDIT) == 0
+        printed = capsys.readouterr().out
+        assert ("gated: the subject is told apart" in printed) == shown
+        assert ("'Galata Tower', comes to 0.55" in printed) == shown
+
+
 @pytest.mark.parametrize(
     ("flags", "probes"),
     [

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from service.models.hooks import add_low_rank, capture, replace_output, stop_after
+from service.models.hooks import (
+    add_change_by_input,
+    add_low_rank,
+    capture,
+    installed_hooks,
+    replace_output,
+    stop_after,
+)
 from service.models.loading import LoadedModel
 from service.models.token_batch import PaddedBatch, forward, pad
 from tests.support.tiny_models import MODEL_TYPES, tiny
@@ -145,3 +152,17 @@ def test_a_module_that_is_missing_leaves_no_hook_on_the_others() -> None:
     with pytest.raises(AttributeError), capture({0: layer, 1: None}):  # type: ignore[dict-item]
         pass
     assert count_hooks(layer) == 0
+
+
+def test_a_change_by_input_is_added_to_the_output() -> None:
+    """The function receives the inputs as rows, and its change is added; without a change the output is what it was,
+    byte for byte."""
+    module = nn.Linear(3, 2)
+    inputs = torch.randn(4, 5, 3)
+    plain = module(inputs)
+    with add_change_by_input(module, lambda rows: 2 * rows[:, :2]):
+        torch.testing.assert_close(module(inputs), plain + 2 * inputs[..., :2])
+        assert installed_hooks() == 1
+    with add_change_by_input(module, lambda _: None):
+        assert torch.equal(module(inputs), plain)
+    assert installed_hooks() == 0
