@@ -7,7 +7,7 @@
 Facts are the records whose true object the model says greedily, one for each subject, in an order drawn from their
 names. Those at even places are for choosing hyperparameters (`--half even`), those at odd places are reported. Results
 are stored in --out after each fact, and an interrupted run resumes. `--active` measures the same edits when many are
-active together.
+active together, with the loss on statements of the other half, and `--gated` the same edits looked up in place of solved.
 
 As the service does, an edit is raised to its next strength until it takes effect. In the columns "says", a greedy
 continuation must begin with the new object, for paraphrases and chat it must contain it within 24 tokens. "chat" is the
@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -40,32 +40,35 @@ from rich.progress import track
 from rich.table import Table
 
 from service.datasets.loading import read_records
-from service.datasets.record import Record, record_fits
+from service.datasets.record import Record, record_fits, true_statements
+from service.editing.associations import forward_activations
 from service.editing.context import EditInput, build_editor_context
 from service.editing.description import describe_subjects, measure_descriptions
+from service.editing.edit_spec import build_edit_spec
 from service.editing.greedy_text import generate_greedy
 from service.editing.probes import Probe, name_share, probe_fits, run_probes
 from service.editing.restatement import name_prompt
 from service.engine.versioned_model import EmptyLedger, VersionedModel
-from service.evaluation.measuring import score_records
+from service.evaluation.measuring import measure_damage, score_records
 from service.evaluation.strengths import choose_group_strengths, choose_strength_alone
 from service.kit.answer import answer_object
 from service.kit.artifact_store import DirectoryStore
 from service.kit.steps import run_to_completion
 from service.kit.text import begins_with, fill_prompt, mentions
-from service.methods.parameters import Parameters
+from service.methods.parameters import Parameters, RomeParameters
 from service.models.scoring import score_targets
 from service.patches.patch import BASE, PatchSet
 from service.recipes.recipe import resolve_hparams
 from service.recipes.strength_schedule import StrengthSchedule, strength_schedule
 from service.scores.scores import harmonic_mean
 from service.settings import Settings
-from service.weights.factors import EditUpdate, deserialize_updates, serialize_updates
+from service.weights.factors import Association, EditUpdate, deserialize_updates, serialize_updates
 from workers.resident_model import load_served_model
 
 ANSWER_TOKENS = 24
 NEIGHBORS = 4  # of a record whose greedy answers are compared
 PARAPHRASES = 2
+OTHER_STATEMENTS = 200  # on which the loss is measured
 GROUP_SIZE = 10  # edits that become active together
 QUESTIONS = ("{}", "Finish the sentence: {}", "What comes next? {}")
 console = Console(width=180)
@@ -94,6 +97,7 @@ class PublicModelExperiment:
         self.replica = VersionedModel(self.model, EmptyLedger())
         self.hparams = json.loads(args.hparams) if args.hparams else None
         self.out = DirectoryStore(args.out)
+        self.gated = bool(args.gated)
 
     def stored(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return a stored JSON value; compute and store a missing one."""
@@ -135,7 +139,24 @@ class PublicModelExperiment:
             stored = serialize_updates(factors.updates)
             self.out.put(name, stored)
         updates = deserialize_updates(stored, edit, record.subject, self.context.find_gate_space)
+        if self.gated:
+            updates = [self.with_gate(record, u) for u in updates if isinstance(u, Association)]
         return updates, seconds
+
+    def with_gate(self, record: Record, association: Association) -> Association:
+        """Return an association with the gate that its edit has in the form gated. The search is the same."""
+        parameters = self.parameters
+        assert isinstance(parameters, RomeParameters)
+        parameters = parameters.model_copy(update={"form": "gated"})
+        reference = run_to_completion(self.context.get_gate_reference(parameters))
+        assert reference is not None
+        contexts = run_to_completion(self.context.get_contexts(parameters.contexts, parameters.seed))
+        statement = fill_prompt(record.prompt, record.subject)
+        spec = build_edit_spec(self.model, contexts, statement, record.target_new, parameters)
+        texts = [t.through_subject() for t in spec.tokenized.prompts]
+        keys = forward_activations(self.model, texts, parameters.layers, (), None).keys[association.layer]
+        gate = reference.build_gate(keys, record.subject, parameters.gate_threshold)
+        return replace(association, gate=gate)
 
     def choose_strength(self, record: Record, updates: Sequence[EditUpdate]) -> float:
         """Return the strength that the service chooses for an edit alone."""
@@ -256,8 +277,9 @@ def run_single(experiment: PublicModelExperiment, records: Sequence[Record]) -> 
         about = {"seconds": seconds, "strength": strength, "record": record.name}
         return experiment.measure(record, patch, before) | about
 
+    prefix = "gated-" if experiment.gated else ""
     return [
-        experiment.stored(f"alone-{number}.json", partial(row, number, record))
+        experiment.stored(f"{prefix}alone-{number}.json", partial(row, number, record))
         for number, record in enumerate(track(records, "edits alone", console=console))
     ]
 
@@ -268,21 +290,30 @@ def base_says(experiment: PublicModelExperiment, record: Record, number: int) ->
 
 
 def run_active(
-    experiment: PublicModelExperiment, records: Sequence[Record], count: int
+    experiment: PublicModelExperiment, records: Sequence[Record], count: int, other_facts: Sequence[Record]
 ) -> list[dict[str, Any]]:
-    """Return a row for each of the first `count` records, with their edits active together."""
+    """Return a row for each of the first `count` records, with their edits active together. Print the rise of the loss
+    on statements about other subjects."""
     groups = [experiment.find_updates(r, i)[0] for i, r in enumerate(records[:count])]
+    prefix = "gated-" if experiment.gated else ""
     strengths = experiment.stored(
-        f"strengths-{count}.json", lambda: experiment.choose_strengths(records[:count], groups)
+        f"{prefix}strengths-{count}.json", lambda: experiment.choose_strengths(records[:count], groups)
     )
     scaled = [u.scaled(s) for updates, s in zip(groups, strengths, strict=True) for u in updates]
     patch = experiment.replica.compose_patch(scaled)
+    damage = experiment.stored(
+        f"{prefix}loss-{count}.json",
+        lambda: run_to_completion(measure_damage(experiment.replica, true_statements(other_facts), patch)),
+    )
+    console.print(
+        f"{count} active: loss on {len(other_facts)} other statements {100 * damage['loss_rise']:+.2f} %"
+    )
 
     def row(number: int, record: Record) -> dict[str, Any]:
         return experiment.measure(record, patch, base_says(experiment, record, number))
 
     return [
-        experiment.stored(f"active-{count}-{number}.json", partial(row, number, record))
+        experiment.stored(f"{prefix}active-{count}-{number}.json", partial(row, number, record))
         for number, record in enumerate(track(records[:count], f"{count} edits active", console=console))
     ]
 
@@ -336,6 +367,7 @@ def main() -> None:
         "--active", type=int, nargs="*", default=[], help="numbers of edits that are active together"
     )
     p.add_argument("--hparams", help="JSON; replaces hyperparameters of the recipe")
+    p.add_argument("--gated", action="store_true", help="look the same edits up in place of solving them")
     p.add_argument("--threads", type=int, default=1)
     args = p.parse_args()
     torch.set_num_threads(args.threads)
@@ -344,9 +376,10 @@ def main() -> None:
     known = experiment.known_records(records)
     chosen = known[args.half == "odd" :: 2][: args.facts]
     console.print(f"{len(records)} facts, {len(known)} known, {len(chosen)} measured")
+    others = known[args.half == "even" :: 2][:OTHER_STATEMENTS]
     results = {"each alone": run_single(experiment, chosen)}
     for count in sorted({min(c, len(chosen)) for c in args.active}):
-        results[f"{count} active"] = run_active(experiment, chosen, count)
+        results[f"{count} active"] = run_active(experiment, chosen, count, others)
     print_table(results)
 
 
