@@ -5,9 +5,10 @@
     python bench/public_model.py --records counterfact.json --hparams '{"restatement_weight": 0}' --out runs/without
 
 Facts are the records whose true object the model says greedily, one for each subject, in an order drawn from their
-names. Those at even places are for choosing hyperparameters (`--half even`), those at odd places are reported. Results
-are stored in --out after each fact, and an interrupted run resumes. `--active` measures the same edits when many are
-active together, with the loss on statements of the other half, and `--gated` the same edits looked up in place of solved.
+names. Those at even places are for choosing hyperparameters (`--half even`), those at odd places are reported.
+Results are stored in --out after each fact, and an interrupted run resumes. `--active` measures the same edits when
+many are active together, with the loss on statements of the other half, and `--gated` the same edits looked up in
+place of solved.
 
 As the service does, an edit is raised to its next strength until it takes effect. In the columns "says", a greedy
 continuation must begin with the new object, for paraphrases and chat it must contain it within 24 tokens. "chat" is the
