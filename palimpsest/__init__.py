@@ -11,7 +11,7 @@
 """
 
 from palimpsest.client import AsyncClient, Client
-from palimpsest.endpoints import EditRequest, Neighbour, Probes, Version
+from palimpsest.endpoints import ChatNeighbour, Conversation, EditRequest, Message, Neighbour, Probes, Version
 from palimpsest.errors import (
     Conflict,
     EditRejected,
@@ -51,9 +51,11 @@ from palimpsest.resources import (
 
 __all__ = [
     "AsyncClient",
+    "ChatNeighbour",
     "Client",
     "Comparison",
     "Conflict",
+    "Conversation",
     "Edit",
     "EditRejected",
     "EditRequest",
@@ -68,6 +70,7 @@ __all__ = [
     "JobError",
     "JobFailed",
     "JobFailure",
+    "Message",
     "Model",
     "Neighbour",
     "NextToken",

@@ -13,7 +13,7 @@ from tokenizers import Encoding, Tokenizer
 
 from service.errors import InvalidInput
 from service.kit.separator import Separator, possible_separators
-from service.kit.text import Span
+from service.kit.text import RenderedText, Span
 
 _ORDINARY_TEXT = "a"
 _LONG_TEXT = 10_000  # characters
@@ -51,6 +51,12 @@ class TextEncoder:
         if max(ids) >= self.vocabulary:
             self.check_ids(ids, field)
         return ids, offsets
+
+    def _encode_rendered(self, text: RenderedText, field: str) -> tuple[list[int], list[Span]]:
+        encoding = self.tokenize(text, add_special_tokens=False)
+        if max(encoding.ids, default=0) >= self.vocabulary:
+            self.check_ids(encoding.ids, field)
+        return encoding.ids, encoding.offsets
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> Encoding:
         """Return the encoding of a whole text. Other threads run while a long text is tokenized."""
