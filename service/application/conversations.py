@@ -71,7 +71,6 @@ class ConversationRenderer:
         if request.messages is None:
             return request
         messages = mark_subject(request.message_fields(), request.subject)
-        self._check_contents(fill_messages(messages, request.subject))
         marked = request.model_copy(update={"messages": [ChatMessage.model_validate(m) for m in messages]})
         return self._with_prompt(marked, messages)
 
@@ -123,8 +122,3 @@ class ConversationRenderer:
                 MESSAGES_FIELD,
             )
         return form.model_copy(update={"prompt": text})
-
-    def _check_contents(self, messages: Sequence[Message]) -> None:
-        """Raise InvalidInput if the subject and the messages around it form a special token together."""
-        for number, message in enumerate(messages):
-            self._served_model.chat_format().check_content(message, number)

@@ -12,7 +12,8 @@ from service.db.models import Model
 from service.errors import InvalidInput
 from service.kit.chat_format import MESSAGES_FIELD
 from service.kit.separator import Separator
-from service.kit.text import RenderedText, token_span
+from service.kit.stated_fact import StatedFact
+from service.kit.text import token_span
 from service.kit.text_encoder import TextEncoder
 from service.recipes.recipe import Recipe, resolve_hparams
 from service.schemas import (
@@ -38,14 +39,15 @@ def validate_edit(request: EditRequest, model: Model, encoder: TextEncoder) -> N
             _validate_paraphrase(prompt, request, encoder)
     for number, neighbour in enumerate(request.given_neighbors or ()):
         with error_path(f"probes.neighborhood.{number}"), prompt_errors_of(neighbour):
-            _check_plain_prompt(encoder, neighbour.prompt_text)
+            if neighbour.messages is None:  # messages are checked when they are rendered
+                encoder.check_plain(neighbour.prompt_text, "prompt")
             _validate_target(encoder, neighbour.prompt_text, neighbour.target, "target")
     resolve_hparams(_recipe_of(model), request.hparams, model.info["layers"], request.method or "rome")
 
 
 def _validate_statement(request: EditRequest, encoder: TextEncoder) -> None:
     statement = request.statement
-    _check_plain_prompt(encoder, statement.text)
+    _check_plain_texts(encoder, request.fact)
     for name in ("target_new", "target_true"):
         if (target := getattr(request, name)) is not None:
             _validate_target(encoder, statement.text, target, name, request.separator)
@@ -62,10 +64,10 @@ def _validate_paraphrase(probe: str | ChatProbe, request: EditRequest, encoder: 
         encoder.check(text, request.target_object)
 
 
-def _check_plain_prompt(encoder: TextEncoder, text: str) -> None:
-    """Check a prompt for special tokens. Of a conversation the contents are checked before it is rendered."""
-    if not isinstance(text, RenderedText):
-        encoder.check_plain(text, "prompt")
+def _check_plain_texts(encoder: TextEncoder, fact: StatedFact) -> None:
+    """Raise InvalidInput if a prompt or a message contains a special token."""
+    for field, text in fact.written_texts.items():
+        encoder.check_plain(text, field)
 
 
 def resolve_methods(requests: Sequence[EditRequest], model: Model) -> list[EditRequest]:
@@ -95,7 +97,7 @@ def validate_trace(request: TraceRequest, encoder: TextEncoder) -> None:
 
 def _validate_traced(request: TraceRequest, encoder: TextEncoder) -> None:
     statement = request.statement
-    _check_plain_prompt(encoder, statement.text)
+    _check_plain_texts(encoder, request.fact)
     if request.target is None:
         encoder.check(statement.text)
     else:
@@ -155,7 +157,7 @@ def error_path(path: str) -> Iterator[None]:
         yield
     except InvalidInput as error:
         names = [name for name in (path, error.field) if name]
-        raise InvalidInput(error.detail, ".".join(names), **error.extra) from None
+        raise type(error)(error.detail, ".".join(names), **error.extra) from None
 
 
 @contextmanager
@@ -166,4 +168,4 @@ def prompt_errors_of(form: PromptForm) -> Iterator[None]:
     except InvalidInput as error:
         if form.messages is None or error.field != "prompt":
             raise
-        raise InvalidInput(error.detail, MESSAGES_FIELD, **error.extra) from None
+        raise type(error)(error.detail, MESSAGES_FIELD, **error.extra) from None

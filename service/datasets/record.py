@@ -47,7 +47,11 @@ class Record:
     @property
     def statement(self) -> Statement:
         """Return the prompt with the subject filled in."""
-        return StatedFact(self.subject, self.prompt, self.messages, self.continued).statement()
+        return self._fact.statement()
+
+    @property
+    def _fact(self) -> StatedFact:
+        return StatedFact(self.subject, self.prompt, self.messages, self.continued)
 
     @property
     def text(self) -> str:
@@ -61,12 +65,12 @@ class Record:
 
     @property
     def model_texts(self) -> dict[str, tuple[str, ...]]:
-        """Return every text that the model reads, by the name of its field."""
+        """Return every text that the model reads, by the name of its field; of a statement in a conversation the messages."""
         return {
             "subject": (self.subject,),
             "target_new": (self.target_new,),
             "target_true": (self.target_true,) if self.target_true else (),
-            "prompt": (self.text,),
+            "prompt": tuple(self._fact.written_texts.values()),
             "paraphrases": self.paraphrases,
             "neighborhood": tuple(text for neighbor in self.neighbours for text in neighbor),
             "attribute_prompts": self.attribute_prompts,
@@ -100,7 +104,7 @@ def check_record_fits(record: Record, objective: Objective, encoder: TextEncoder
     that the model reads contains a special token."""
     for field, texts in record.model_texts.items():
         for text in texts:
-            if not isinstance(text, RenderedText):  # the contents of messages are checked before
+            if not isinstance(text, RenderedText):  # messages are checked when they are rendered
                 encoder.check_plain(text, field)
     encoder.check(record.text, target_object(record, objective))
     for prompt in record.prompts:

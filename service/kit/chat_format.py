@@ -37,7 +37,7 @@ class ChatFormat:
     def prompt_text(self, messages: Sequence[Message], continue_final: bool = False) -> str:
         """Return the text that the model continues with its answer, or with the rest of the last message."""
         for number, message in enumerate(messages):
-            self.check_content(message, number)
+            self.encoder.check_plain(message["content"], f"{MESSAGES_FIELD}.{number}.content")
         if not continue_final:
             return self._render(messages, add_generation_prompt=True)
         *others, last = messages
@@ -50,10 +50,6 @@ class ChatFormat:
         marked = {**last, "content": last["content"] + _CONTINUATION_MARK}
         text = self._render([*others, marked], add_generation_prompt=False)
         return _text_before_mark(text, last["content"])
-
-    def check_content(self, message: Message, number: int) -> None:
-        """Raise InvalidInput if the content of a message has a special token. `number`: its place in the conversation."""
-        self.encoder.check_plain(message["content"], f"{MESSAGES_FIELD}.{number}.content")
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a rendered text. Raise InvalidInput if it does not fit the model."""

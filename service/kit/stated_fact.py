@@ -59,6 +59,14 @@ class StatedFact:
         """The prompt, or the message with the last mention of the subject."""
         return self._last_content if self.messages else self.prompt
 
+    @property
+    def written_texts(self) -> dict[str, str]:
+        """What the caller wrote, with the subject filled in, by field: the prompt, or the content of each message."""
+        if not self.messages:
+            return {"prompt": _fill(self.prompt, self.subject)}
+        filled = fill_messages(self.messages, self.subject)
+        return {f"{MESSAGES_FIELD}.{number}.content": m["content"] for number, m in enumerate(filled)}
+
     def statement(self, subject: str | None = None) -> Statement:
         """Return the statement about the subject, or about another one."""
         name = self.subject if subject is None else subject
@@ -85,6 +93,7 @@ class StatedFact:
 
         Raise InvalidInput if the template changes that message, or the number of mentions.
         """
+        check_mentions(self.prompt.count(PLACEHOLDER))
         before, _, after = self._last_content.rpartition(PLACEHOLDER)
         before, after = before.lstrip(), after.rstrip()
         last = self.prompt.rfind(PLACEHOLDER)

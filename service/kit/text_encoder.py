@@ -35,8 +35,11 @@ class TextEncoder:
         """Return the token ids of a text that will be continued, and their character offsets.
 
         The tokens that the tokenizer adds before a text are included, unless the text begins with them. Those that it
-        adds after a text are not: they would end it. Raise InvalidInput for a token that the model does not have.
+        adds after a text are not: they would end it. A rendered text has none of either. Raise InvalidInput for a token
+        that the model does not have.
         """
+        if isinstance(text, RenderedText):
+            return self._encode_rendered(text, field)
         encoding = self.tokenize(text)
         prefix = next((i for i, added in enumerate(encoding.special_tokens_mask) if not added), None)
         if prefix is None:  # an empty text
