@@ -11,7 +11,7 @@
 """
 
 from palimpsest.client import AsyncClient, Client
-from palimpsest.endpoints import ChatNeighbour, Conversation, EditRequest, Message, Neighbour, Probes, Version
+from palimpsest.endpoints import ChatNeighbour, ChatPrompt, EditRequest, Message, Neighbour, Probes, Version
 from palimpsest.errors import (
     Conflict,
     EditRejected,
@@ -52,10 +52,10 @@ from palimpsest.resources import (
 __all__ = [
     "AsyncClient",
     "ChatNeighbour",
+    "ChatPrompt",
     "Client",
     "Comparison",
     "Conflict",
-    "Conversation",
     "Edit",
     "EditRejected",
     "EditRequest",

@@ -41,8 +41,9 @@ class Message(TypedDict):
     content: str
 
 
-class Conversation(TypedDict, total=False):
-    """A conversation in place of a prompt. `continue_final_message` continues the last message, one of the assistant."""
+class ChatPrompt(TypedDict, total=False):
+    """A conversation in place of a prompt. `continue_final_message` continues the last message, one of the
+    assistant."""
 
     messages: Required[Sequence[Message]]
     continue_final_message: bool
@@ -55,7 +56,7 @@ class Neighbour(TypedDict):
     target: str
 
 
-class ChatNeighbour(Conversation):
+class ChatNeighbour(ChatPrompt):
     """A conversation whose answer the edit must preserve."""
 
     target: Required[str]
@@ -65,7 +66,7 @@ class Probes(TypedDict, total=False):
     """Prompts that measure an edit: paraphrases that must change, and neighbours that must not. "auto": the service
     finds them."""
 
-    paraphrase: Sequence[str | Conversation] | Literal["auto"]
+    paraphrase: Sequence[str | ChatPrompt] | Literal["auto"]
     neighborhood: Sequence[Neighbour | ChatNeighbour] | Literal["auto"]
 
 

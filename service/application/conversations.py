@@ -1,4 +1,4 @@
-"""The conversations of edits, traces and records, rendered with the chat template of the model before they are validated."""
+"""The conversations of edits, traces and records, rendered with the chat template before they are validated."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class Record:
 
     @property
     def model_texts(self) -> dict[str, tuple[str, ...]]:
-        """Return every text that the model reads, by the name of its field; of a statement in a conversation the messages."""
+        """Return every text that the model reads, by the name of its field; of a conversation its messages."""
         return {
             "subject": (self.subject,),
             "target_new": (self.target_new,),

@@ -85,8 +85,8 @@ def test_a_conversation_is_edited(service: SteppedService) -> None:
 
 
 def test_the_search_reads_the_tokens_of_the_template(service: SteppedService) -> None:
-    """The rows of the search are the conversation without an added BOS token, then with each context at the beginning of
-    the subject's message; the key is that of the last mention."""
+    """The rows of the search are the conversation without an added BOS token, then with each context at the beginning
+    of the subject's message; the key is that of the last mention."""
     edited = edit(service, QUESTION, ANSWER, continue_final_message=True)
     model = chat_model()
     _, spec = resolved(service, edited["id"])
@@ -247,8 +247,8 @@ def test_factors_are_computed_again_from_the_ledger(service: SteppedService) -> 
 
 @pytest.mark.parametrize("mentions", ["all", "last"])
 def test_a_conversation_is_traced(service: SteppedService, mentions: str) -> None:
-    """A trace has the tokens of the conversation without an added BOS token, special tokens by their names, and corrupts
-    the mentions that the request names."""
+    """A trace has the tokens of the conversation without an added BOS token, special tokens by their names, and
+    corrupts the mentions that the request names."""
     request = TraceRequest.model_validate(
         {
             "subject": "Eiffel Tower",

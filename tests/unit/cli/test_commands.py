@@ -509,8 +509,8 @@ CHAT_FIELDS: dict[str, Any] = {
     ],
 )
 def test_a_prompt_is_asked_in_a_chat(fake: FakeService, flags: list[str], fields: dict[str, Any]) -> None:
-    """With --chat the prompt of an edit or a trace is a message of the user, and --answer begins the answer that the model
-    continues."""
+    """With --chat the prompt of an edit or a trace is a message of the user, and --answer begins the answer that the
+    model continues."""
     answer_edit_with(fake, edit_with_result("applied", version=7))
     assert main([*EDIT, *flags]) == 0
     edited = fake.requests[0][1]

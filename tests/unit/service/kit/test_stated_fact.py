@@ -122,8 +122,8 @@ def test_the_number_of_mentions_is_limited(mention: str) -> None:
 
 
 def test_the_key_is_that_of_the_messages() -> None:
-    """The key of a conversation does not depend on the text of its template, and depends on roles, contents and where it
-    ends; a prompt with the same text is another fact."""
+    """The key of a conversation does not depend on the text of its template, and depends on roles, contents and where
+    it ends; a prompt with the same text is another fact."""
     fact = stated(TEMPLATES["chatml"], QUESTION)
     assert fact.key == stated(TEMPLATES["llama"], QUESTION).key
     others = [
