@@ -115,7 +115,9 @@ class AutoProbes:
         table = yield from self._context.get_relation_table()
         request = self._request
         facts = (
-            [] if table is None else table.other_facts(self._fact.wording, request.subject, self._rewrite.true)
+            []
+            if table is None
+            else table.other_facts(self._fact.wording, request.subject, self._rewrite.true)
         )
         wordings = [(f.subject, f.prompts[0]) for f in facts if f.prompts[0].count(PLACEHOLDER) == 1]
         return [fill_prompt(wording, name).text for name, wording in wordings[:MAX_RELATIONS]]

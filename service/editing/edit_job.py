@@ -476,7 +476,7 @@ def build_admitted_spec(
     contexts: list[str] = []
     if isinstance(parameters, RomeParameters):
         contexts = yield from context.get_contexts(parameters.contexts, parameters.seed)
-    statement = fill_prompt(request.prompt, request.subject)
+    statement = request.statement
     spec = build_edit_spec(
         model,
         contexts,
