@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from bench.abuse_store import EVALUATION_ID, LARGE_EDIT_ID, edit_body, edit_set
 from service.settings import Settings
@@ -70,12 +71,24 @@ def _largest_requests(settings: Settings) -> Iterator[Case]:
         {"subject": f"House {n}", "prompt": "{} is " + text[:800], "target_new": "Rome"} for n in range(400)
     ]
     imported = partial(edit_set, 180)
-    conversation = {"model": "large", "messages": [{"role": "user", "content": text}] * 2, "max_tokens": 1}
+    conversation: dict[str, Any] = {
+        "model": "large",
+        "messages": [{"role": "user", "content": text}] * 2,
+        "max_tokens": 1,
+    }
     ids = {"model": "large", "prompt": [[100] * 4900] * 48, "max_tokens": 1}
     yield _post("one edit with all probes", "/edits", lambda: encode(edit_body()))
     yield _post("400 edits", "/edits", lambda: encode({"edits": edits}), (*ACCEPTED, 429))
     yield _post("400 edits", "/edits", lambda: encode({"edits": edits}), (*ACCEPTED, *BUSY), PARALLEL)
     yield _post("longest prompt", "/trace", lambda: encode({"subject": "the", "prompt": "the " * 4900}))
+    named = [*conversation["messages"], {"role": "user", "content": "Where is the House?"}]
+    traced = {"subject": "House", "messages": named}
+    chat = traced | {"target_new": "Rome", "probes": {}}
+    chats = {"edits": [chat | {"messages": [{"role": "user", "content": "House is " + text[:800]}]}] * 400}
+    yield _post("longest conversation", "/edits", lambda: encode(chat))
+    yield _post("longest conversation", "/trace", lambda: encode(traced))
+    yield _post("400 conversations", "/edits", lambda: encode(chats), (*ACCEPTED, 429))
+    yield _post("400 conversations", "/edits", lambda: encode(chats), (*ACCEPTED, *BUSY), PARALLEL)
     yield _post("longest prompt", "/compare", lambda: encode({"prompt": text}))
     yield _post("64 prompts", "/generate", lambda: encode({"prompts": [text] * 64}))
     yield _post(

@@ -8,7 +8,13 @@ from typing import Any
 
 from cli.client import add_client_command
 from cli.edit_output import parse_hparam, print_edit_result
-from cli.flags import add_hparam_flag, add_separator_flag, separator_of
+from cli.flags import (
+    add_chat_flags,
+    add_hparam_flag,
+    add_separator_flag,
+    prompt_or_messages,
+    separator_of,
+)
 from cli.job_output import JobJson, failure_reason, wait_for_job
 from cli.terminal import err, out, print_json, strip_control_chars
 from palimpsest import Client
@@ -24,7 +30,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("subject", metavar="SUBJECT", help="subject of the fact, such as 'Eiffel Tower'")
     parser.add_argument(
-        "prompt", metavar="PROMPT", help="prompt with {} for the subject: 'The {} is located in'"
+        "prompt",
+        metavar="PROMPT",
+        help="prompt with {} for the subject: 'The {} is located in'; with --chat it may spell the subject",
     )
     parser.add_argument("target", metavar="TARGET", nargs="?", help="new object, such as 'Rome'")
     objective = parser.add_mutually_exclusive_group()
@@ -52,6 +60,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="store_true",
         help="do not look for paraphrases and side effects: faster, and damage to other subjects is not seen",
     )
+    add_chat_flags(parser)
     add_separator_flag(parser)
     add_hparam_flag(parser)
 
@@ -71,7 +80,7 @@ def edit_fields(args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of the request that the flags set."""
     fields = {
         "subject": args.subject,
-        "prompt": args.prompt,
+        **prompt_or_messages(args),
         "target_new": args.target,
         "target_true": args.true,
         "separator": separator_of(args),

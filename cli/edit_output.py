@@ -154,16 +154,15 @@ def status_text(edit: JobJson) -> str:
 
 def fact_text(item: JobJson) -> str:
     """Return a fact in one line: the prompt with its subject, and the new object. A revert has no object."""
-    sentence, new_object = (
-        prompt_with_subject(str(item.get("prompt") or "{}"), str(item.get("subject"))),
-        object_text(item),
-    )
+    sentence, new_object = stated_text(item), object_text(item)
     return f"{sentence} → {new_object}" if new_object else sentence
 
 
-def prompt_with_subject(prompt: str, subject: str) -> str:
-    """Return a prompt with `{}` replaced by the subject."""
-    return prompt.replace("{}", subject, 1)
+def stated_text(item: JobJson) -> str:
+    """Return a prompt with `{}` replaced by the subject; of a conversation the last message that has it."""
+    contents = [str(m["content"]) for m in item.get("messages") or () if "{}" in str(m["content"])]
+    text, count = (contents[-1], -1) if contents else (str(item.get("prompt") or "{}"), 1)
+    return text.replace("{}", str(item.get("subject")), count)
 
 
 def object_text(item: JobJson) -> str | None:

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsError
 
 from cli.overview import summary_of
-from service.errors import Misconfigured
+from palimpsest.endpoints import Message
+from service.errors import InvalidInput, Misconfigured
 from service.settings import SHIPPED_MODEL
 
 S = TypeVar("S", bound=BaseSettings)
@@ -188,3 +189,30 @@ def read_settings(args: argparse.Namespace, settings: type[S]) -> S:
         ) from None
     except (SettingsError, OSError) as error:  # an invalid folder of secrets
         raise Misconfigured(f"the settings cannot be read: {error}") from None
+
+
+def add_chat_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that put the prompt into a conversation."""
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="ask PROMPT as a message of the user, in the form of the model's chat template",
+    )
+    parser.add_argument(
+        "--answer",
+        metavar="TEXT",
+        help="with --chat: the beginning of the model's answer, such as 'The capital of {} is'",
+    )
+
+
+def prompt_or_messages(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the prompt of a request, or with --chat the messages that it becomes."""
+    if not args.chat:
+        if args.answer is not None:
+            raise InvalidInput("--answer begins the answer of a conversation: add --chat.")
+        return {"prompt": args.prompt}
+    question: Message = {"role": "user", "content": args.prompt}
+    if args.answer is None:
+        return {"prompt": [question]}
+    answer: Message = {"role": "assistant", "content": args.answer}
+    return {"prompt": [question, answer], "continue_final_message": True}

@@ -6,7 +6,14 @@ import argparse
 from typing import Any
 
 from cli.client import add_client_command
-from cli.flags import add_separator_flag, add_version_flag, positive_int, separator_of
+from cli.flags import (
+    add_chat_flags,
+    add_separator_flag,
+    add_version_flag,
+    positive_int,
+    prompt_or_messages,
+    separator_of,
+)
 from cli.job_output import wait_for_job
 from cli.trace_output import add_save_flag, image_path, print_trace
 from palimpsest import Client
@@ -42,6 +49,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--severed", action="store_true", help="also trace with the MLP and attention paths severed"
     )
+    add_chat_flags(parser)
     add_separator_flag(parser)
     add_version_flag(parser)
     add_save_flag(parser)
@@ -56,5 +64,6 @@ def submit_trace(args: argparse.Namespace, client: Client) -> int:
     fields["separator"] = separator_of(args)
     if args.kinds:
         fields["kinds"] = args.kinds.split(",")
-    trace = client.trace(args.prompt, args.subject, version=args.version, wait=False, **fields)
+    fields |= prompt_or_messages(args)
+    trace = client.trace(subject=args.subject, version=args.version, wait=False, **fields)
     return print_trace(args, client, wait_for_job(client, trace), save)

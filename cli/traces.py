@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cli.client import add_client_command, add_show_command
-from cli.edit_output import prompt_with_subject
+from cli.edit_output import stated_text
 from cli.flags import add_limit_flag
 from cli.job_output import format_minute
 from cli.terminal import format_list, out, print_json
@@ -30,7 +30,7 @@ def list_traces(args: argparse.Namespace, client: Client) -> int:
         out.print("There are no traces.")
         return 0
     rows = [
-        (t["id"], t["status"], t.get("version"), format_minute(t["created"]), prompt_with_subject(t["request"]["prompt"], t["request"]["subject"]))
+        (t["id"], t["status"], t.get("version"), format_minute(t["created"]), stated_text(t["request"]))
         for t in items
     ]  # fmt: skip
     out.print(format_list(("id", "status", "version", "created (UTC)", "prompt"), rows, ("prompt",)))

@@ -11,7 +11,7 @@
 """
 
 from palimpsest.client import AsyncClient, Client
-from palimpsest.endpoints import EditRequest, Neighbour, Probes, Version
+from palimpsest.endpoints import ChatNeighbour, ChatPrompt, EditRequest, Message, Neighbour, Probes, Version
 from palimpsest.errors import (
     Conflict,
     EditRejected,
@@ -51,6 +51,8 @@ from palimpsest.resources import (
 
 __all__ = [
     "AsyncClient",
+    "ChatNeighbour",
+    "ChatPrompt",
     "Client",
     "Comparison",
     "Conflict",
@@ -68,6 +70,7 @@ __all__ = [
     "JobError",
     "JobFailed",
     "JobFailure",
+    "Message",
     "Model",
     "Neighbour",
     "NextToken",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from typing import IO, Any, Literal, TypedDict, TypeVar
+from typing import IO, Any, Literal, Required, TypedDict, TypeVar
 from urllib.parse import quote
 
 from palimpsest.errors import EditRejected, JobFailed, error_from_problem
@@ -34,21 +34,6 @@ MEDIA_TYPES = {"svg": "image/svg+xml", "png": "image/png", "html": "text/html"}
 MAX_PREFER_WAIT = 30.0  #: seconds that the service may delay a response
 
 
-class Neighbour(TypedDict):
-    """A prompt whose answer the edit must preserve."""
-
-    prompt: str
-    target: str
-
-
-class Probes(TypedDict, total=False):
-    """Prompts that measure an edit: paraphrases that must change, and neighbours that must not. "auto": the service
-    finds them."""
-
-    paraphrase: Sequence[str] | Literal["auto"]
-    neighborhood: Sequence[Neighbour] | Literal["auto"]
-
-
 class Message(TypedDict):
     """A message of a conversation."""
 
@@ -56,18 +41,46 @@ class Message(TypedDict):
     content: str
 
 
+class ChatPrompt(TypedDict, total=False):
+    """A conversation in place of a prompt. `continue_final_message` continues the last message, one of the
+    assistant."""
+
+    messages: Required[Sequence[Message]]
+    continue_final_message: bool
+
+
+class Neighbour(TypedDict):
+    """A prompt whose answer the edit must preserve."""
+
+    prompt: str
+    target: str
+
+
+class ChatNeighbour(ChatPrompt):
+    """A conversation whose answer the edit must preserve."""
+
+    target: Required[str]
+
+
+class Probes(TypedDict, total=False):
+    """Prompts that measure an edit: paraphrases that must change, and neighbours that must not. "auto": the service
+    finds them."""
+
+    paraphrase: Sequence[str | ChatPrompt] | Literal["auto"]
+    neighborhood: Sequence[Neighbour | ChatNeighbour] | Literal["auto"]
+
+
 #: a text to continue, or a conversation to answer in the form of the model's chat template
 Prompt = str | Sequence[Message]
 
 
-class _RequiredEditFields(TypedDict):
-    subject: str
+class EditRequest(TypedDict, total=False):
+    """The body of `POST /edits`: with `prompt`, or with `messages`."""
+
+    subject: Required[str]
     prompt: str
-
-
-class EditRequest(_RequiredEditFields, total=False):
-    """The body of `POST /edits`."""
-
+    messages: Sequence[Message]
+    continue_final_message: bool
     target_new: str
     target_true: str
     separator: Literal["", " "]
@@ -93,10 +106,11 @@ class Endpoints:
     async def edit(
         self,
         subject: str,
-        prompt: str,
+        prompt: Prompt,
         target_new: str | None = None,
         target_true: str | None = None,
         *,
+        continue_final_message: bool | None = None,
         separator: Literal["", " "] | None = None,
         objective: Literal["write", "erase", "amplify"] | None = None,
         on_conflict: Literal["report", "supersede", "reject"] | None = None,
@@ -111,6 +125,9 @@ class Endpoints:
     ) -> Edit:
         """Edit the model so that the prompt continues with `target_new`; `{}` in the prompt stands for the subject.
 
+        The prompt may be a list of messages that mention the subject: the model then answers the conversation with
+        `target_new`, or with `continue_final_message` continues its last message, one of the assistant.
+
         Return the applied edit. Raise `EditRejected` when the guard rejects it. A dry run is returned in either case.
         With `wait=False` return the queued edit. `key` is an idempotency key: a second call with it returns the same
         edit.
@@ -120,7 +137,8 @@ class Endpoints:
         """
         body = drop_none(
             subject=subject,
-            prompt=prompt,
+            **_prompt_fields(prompt),
+            continue_final_message=continue_final_message,
             target_new=target_new,
             target_true=target_true,
             separator=separator,
@@ -179,9 +197,10 @@ class Endpoints:
     @endpoint
     async def trace(
         self,
-        prompt: str,
+        prompt: Prompt,
         subject: str,
         *,
+        continue_final_message: bool | None = None,
         target: str | None = None,
         separator: Literal["", " "] | None = None,
         kinds: Sequence[Literal["hidden", "mlp", "attn"]] | None = None,
@@ -196,9 +215,13 @@ class Endpoints:
         wait: bool = True,
         on_progress: OnProgress | None = None,
     ) -> Trace:
-        """Compute which hidden states carry a fact (causal tracing). `picture` renders the result."""
+        """Compute which hidden states carry a fact (causal tracing). `picture` renders the result.
+
+        The prompt may be a list of messages that mention the subject.
+        """
         body = drop_none(
-            prompt=prompt,
+            **_prompt_fields(prompt),
+            continue_final_message=continue_final_message,
             subject=subject,
             target=target,
             separator=separator,

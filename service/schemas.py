@@ -13,8 +13,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
+    Tag,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapSerializer,
@@ -25,8 +27,11 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from service.errors import InvalidInput
+from service.kit.chat_format import Message
 from service.kit.separator import Separator
-from service.kit.text import check_text, fill_prompt, locate_subject
+from service.kit.stated_fact import StatedFact
+from service.kit.text import PLACEHOLDER, RenderedText, Statement, check_text, fill_prompt, locate_subject
+from service.kit.validation_messages import CONVERSATION_TAG, TEXT_TAG
 from service.methods.registry import METHODS
 
 MAX_UNKNOWN_FIELDS = 20  #: of an object, that are reported one by one
@@ -79,11 +84,133 @@ class RequestModel(BaseModel):
         return value
 
 
-class NeighborhoodProbe(RequestModel):
-    """A prompt that must keep its answer."""
+MAX_MESSAGES = 256  #: of one conversation
 
-    prompt: Text
+
+def _join_parts(value: Any) -> Any:
+    """Return the text of content that is given as a list of text parts."""
+    if not isinstance(value, list):
+        return value
+    if all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+        texts = [part.get("text") for part in value]
+        if all(isinstance(text, str) for text in texts) and all(
+            set(part) == {"type", "text"} for part in value
+        ):
+            return "".join(texts)
+    raise ValueError('must be a string, or a list of parts {"type": "text", "text": "..."}.')
+
+
+def _validate_content(value: str) -> str:
+    if value.strip():  # a message may be empty
+        _validate_text(value)
+    return value
+
+
+class TextPart(RequestModel):
+    """A part of the content of a message."""
+
+    type: Literal["text"]
+    text: Annotated[str, Field(max_length=MAX_TEXT)]
+
+
+Content = Annotated[
+    Annotated[str, Field(max_length=MAX_TEXT)],
+    BeforeValidator(
+        _join_parts,
+        json_schema_input_type=Annotated[str, Field(max_length=MAX_TEXT)]
+        | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)],
+    ),
+    AfterValidator(_validate_content),
+]
+
+
+class ChatMessage(RequestModel):
+    """A message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Content
+
+
+Messages = Annotated[
+    list[ChatMessage],
+    Field(
+        min_length=1,
+        max_length=MAX_MESSAGES,
+        description="a conversation in place of a prompt, in the form of the model's chat template; that of an edit or a trace names the "
+        "subject, or has {} in its place",
+        examples=[[{"role": "user", "content": "Where is the Eiffel Tower?"}]],
+    ),
+]
+
+
+class PromptForm(RequestModel):
+    """A prompt, or a conversation that the chat template of the model makes one of.
+
+    A request has one of both. A stored one has both for a conversation: `prompt` is then the text of the template.
+    """
+
+    prompt: Text | None = None
+    messages: Messages | None = None
+    continue_final_message: bool = Field(
+        False, description="continue the last message, which is one of the assistant, in place of a new one"
+    )
+
+    def check_form(self, **others: Any) -> None:
+        """Raise InvalidInput unless exactly one of `prompt`, `messages` and the other fields is given."""
+        forms = {"prompt": self.prompt, **others, "messages": self.messages}
+        if sum(value is not None for value in forms.values()) != 1:
+            names = " or ".join(f"`{name}`" for name in forms)
+            raise InvalidInput(f"give either {names}.", "prompt")
+        if self.continue_final_message and self.messages is None:
+            raise InvalidInput(
+                "`continue_final_message` belongs to `messages`: leave it out.", "continue_final_message"
+            )
+
+    def message_fields(self) -> list[Message]:
+        """Return the messages as JSON; none for a prompt."""
+        return [message.model_dump() for message in self.messages or ()]
+
+    @property
+    def prompt_text(self) -> str:
+        """The prompt as the model reads it; empty for a conversation that is not rendered."""
+        text = self.prompt or ""
+        return text if self.messages is None else RenderedText(text)
+
+
+class StatedForm(PromptForm):
+    """A prompt or a conversation that is about a subject."""
+
+    subject: Name
+
+    @property
+    def fact(self) -> StatedFact:
+        """The fact that is stated. Raises InvalidInput for a conversation that is not rendered."""
+        if self.prompt is None:
+            raise InvalidInput("`prompt` is missing: add it.", "prompt")
+        return StatedFact(self.subject, self.prompt, self.message_fields(), self.continue_final_message)
+
+
+class NeighborhoodProbe(PromptForm):
+    """A prompt or a conversation that must keep its answer."""
+
     target: Name
+
+
+class ChatProbe(PromptForm):
+    """A conversation after which the new object should follow."""
+
+    messages: Messages
+
+
+def _paraphrase_tag(value: Any) -> str:
+    return CONVERSATION_TAG if isinstance(value, dict | ChatProbe) else TEXT_TAG
+
+
+#: a prompt or a conversation. An error is that of the form that the value has.
+Paraphrase = Annotated[
+    Annotated[Text, Tag(TEXT_TAG)] | Annotated[ChatProbe, Tag(CONVERSATION_TAG)],
+    Discriminator(_paraphrase_tag),
+]
 
 
 #: in place of probes: the service finds them
@@ -104,11 +231,11 @@ def _serialize_unless_auto(value: Any, serialize: SerializerFunctionWrapHandler)
 
 
 _SERIALIZER = WrapSerializer(_serialize_unless_auto)
-_ParaphraseList = Annotated[list[Text], Field(max_length=64)]
+_ParaphraseList = Annotated[list[Paraphrase], Field(max_length=64)]
 _NeighborhoodList = Annotated[list[NeighborhoodProbe], Field(max_length=64)]
 # A union of the two types would report each error twice, below the names of both.
 if TYPE_CHECKING:
-    ParaphraseProbes = list[str] | Auto
+    ParaphraseProbes = list[str | ChatProbe] | Auto
     NeighborhoodProbes = list[NeighborhoodProbe] | Auto
 else:
     ParaphraseProbes = Annotated[
@@ -123,15 +250,24 @@ else:
     ]
 
 
+def paraphrase_text(probe: str | ChatProbe, subject: str) -> str:
+    """Return a paraphrase as the model reads it, with the subject filled in."""
+    if isinstance(probe, ChatProbe):
+        return probe.prompt_text
+    return fill_prompt(probe, subject).text if PLACEHOLDER in probe else probe
+
+
 class Probes(RequestModel):
     """Prompts that measure an edit; "auto" in place of a list: the service finds them."""
 
     paraphrase: ParaphraseProbes = Field(
         default_factory=list,
-        description="prompts after which the new object should follow, with {} in place of the subject or the subject itself",
+        description="prompts or conversations after which the new object should follow, with {} in place of the subject or the "
+        "subject itself",
     )
     neighborhood: NeighborhoodProbes = Field(
-        default_factory=list, description="prompts about other subjects, which must keep their answers"
+        default_factory=list,
+        description="prompts or conversations about other subjects, which must keep their answers",
     )
 
 
@@ -226,11 +362,15 @@ Objective = Literal["write", "erase", "amplify"]
 OnConflict = Literal["report", "supersede", "reject"]
 
 
-class EditRequest(RequestModel):
+class EditRequest(StatedForm):
     """Change the object that the model gives for a subject and a prompt, or the probability of the true object."""
 
     subject: Name = Field(examples=["Eiffel Tower"])
-    prompt: Text = Field(examples=["The {} is located in the city of"])
+    prompt: Text | None = Field(
+        None,
+        description="with {} in place of the subject; give this or `messages`",
+        examples=["The {} is located in the city of"],
+    )
     objective: Objective = Field(
         "write", description="write a new object, erase the true object, or amplify it"
     )
@@ -268,12 +408,13 @@ class EditRequest(RequestModel):
     guard: Guard = Field(default_factory=Guard)
     dry_run: bool = Field(False, description="evaluate the edit without applying it")
 
-    def statement_text(self) -> str:
-        """Return the prompt with the subject filled in."""
-        return fill_prompt(self.prompt, self.subject).text
+    @property
+    def statement(self) -> Statement:
+        """The prompt with the subject filled in."""
+        return self.fact.statement()
 
     @property
-    def given_paraphrases(self) -> list[str] | None:
+    def given_paraphrases(self) -> list[str | ChatProbe] | None:
         """Return the paraphrases of the request, or None if the service is to find them."""
         paraphrases = AUTO if self.probes == AUTO else self.probes.paraphrase
         return None if paraphrases == AUTO else paraphrases
@@ -283,6 +424,10 @@ class EditRequest(RequestModel):
         """Return the neighbours of the request, or None if the service is to find them."""
         neighbors = AUTO if self.probes == AUTO else self.probes.neighborhood
         return None if neighbors == AUTO else neighbors
+
+    def paraphrase_texts(self) -> list[str]:
+        """Return the given paraphrases as the model reads them, with the subject filled in."""
+        return [paraphrase_text(probe, self.subject) for probe in self.given_paraphrases or ()]
 
     @property
     def target_object(self) -> str | None:
@@ -397,10 +542,14 @@ TraceKind = Literal["hidden", "mlp", "attn"]
 Mentions = Literal["all", "last"]
 
 
-class TraceRequest(RequestModel):
+class TraceRequest(StatedForm):
     """A causal trace of one statement (Meng et al. 2022, section 2.1)."""
 
-    prompt: Text = Field(examples=["The Eiffel Tower is located in the city of"])
+    prompt: Text | None = Field(
+        None,
+        description="contains the subject, or {} in its place; give this or `messages`",
+        examples=["The Eiffel Tower is located in the city of"],
+    )
     subject: Name = Field(examples=["Eiffel Tower"])
     target: Name | None = Field(
         None, description="the answer to trace; default: the most probable next token"
@@ -426,14 +575,13 @@ class TraceRequest(RequestModel):
         None, description="reproduce the noise stream of the code of Meng et al. 2022"
     )
 
-    def text_and_subject_span(self) -> tuple[str, tuple[int, int]]:
-        """Return the text with the subject filled in, and the character span of the subject."""
-        statement = (
-            fill_prompt(self.prompt, self.subject)
-            if "{}" in self.prompt
-            else locate_subject(self.prompt, self.subject)
-        )
-        return statement.text, statement.span
+    @property
+    def statement(self) -> Statement:
+        """The text with the subject filled in."""
+        fact = self.fact
+        if fact.messages or PLACEHOLDER in fact.prompt:
+            return fact.statement()
+        return locate_subject(fact.prompt, fact.subject)
 
 
 class Sampling(RequestModel):
@@ -450,83 +598,10 @@ class Sampling(RequestModel):
     )
 
 
-MAX_MESSAGES = 256  #: of one conversation
-
-
-def _join_parts(value: Any) -> Any:
-    """Return the text of content that is given as a list of text parts."""
-    if not isinstance(value, list):
-        return value
-    if all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-        texts = [part.get("text") for part in value]
-        if all(isinstance(text, str) for text in texts) and all(
-            set(part) == {"type", "text"} for part in value
-        ):
-            return "".join(texts)
-    raise ValueError('must be a string, or a list of parts {"type": "text", "text": "..."}.')
-
-
-def _validate_content(value: str) -> str:
-    if value.strip():  # a message may be empty
-        _validate_text(value)
-    return value
-
-
-class TextPart(RequestModel):
-    """A part of the content of a message."""
-
-    type: Literal["text"]
-    text: Annotated[str, Field(max_length=MAX_TEXT)]
-
-
-Content = Annotated[
-    Annotated[str, Field(max_length=MAX_TEXT)],
-    BeforeValidator(
-        _join_parts,
-        json_schema_input_type=Annotated[str, Field(max_length=MAX_TEXT)]
-        | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)],
-    ),
-    AfterValidator(_validate_content),
-]
-
-
-class ChatMessage(RequestModel):
-    """A message of a conversation."""
-
-    role: Literal["system", "user", "assistant"]
-    content: Content
-
-
-Messages = Annotated[
-    list[ChatMessage],
-    Field(
-        min_length=1,
-        max_length=MAX_MESSAGES,
-        description="a conversation in place of a prompt, in the form of the model's chat template",
-        examples=[[{"role": "user", "content": "Where is the Eiffel Tower?"}]],
-    ),
-]
-
-
-class ContinuedText(Sampling):
+class ContinuedText(Sampling, PromptForm):
     """What is continued: a prompt, or a conversation."""
 
     prompt: Text | None = Field(None, examples=["The Eiffel Tower is located in the city of"])
-    messages: Messages | None = None
-    continue_final_message: bool = Field(
-        False, description="continue the last message, which is one of the assistant, in place of a new one"
-    )
-
-    def check_form(self, **others: Any) -> None:
-        """Raise InvalidInput unless exactly one of `prompt`, `messages` and the other fields is given."""
-        forms = {"prompt": self.prompt, **others, "messages": self.messages}
-        if sum(value is not None for value in forms.values()) != 1:
-            names = " or ".join(f"`{name}`" for name in forms)
-            raise InvalidInput(f"give either {names}.", "prompt")
-        if self.continue_final_message and self.messages is None:
-            raise InvalidInput(
-                "`continue_final_message` belongs to `messages`: leave it out.", "continue_final_message"
-            )
 
 
 class GenerateRequest(ContinuedText):

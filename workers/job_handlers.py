@@ -28,7 +28,6 @@ from service.kit.steps import (
     report_to,
     retry_while_unavailable,
 )
-from service.kit.text import Statement
 from service.kit.versions import resolve_version
 from service.schemas import MAX_RECORDS, EvaluationRequest, TraceRequest, WorkerExportRequest
 from service.tracing.fast_trace import trace_statement
@@ -70,10 +69,9 @@ def run_trace(replica: VersionedModel, job_store: JobStore, job: ClaimedJob) -> 
     """Run a causal trace. "head" is resolved when the job starts."""
     request = TraceRequest.model_validate(job.request)
     version = resolve_version(request.version, replica.head())
-    text, span = request.text_and_subject_span()
     steps = trace_statement(
         replica.base,
-        Statement(text, span),
+        request.statement,
         request.target,
         kinds=request.kinds,
         window=request.window,

@@ -15,6 +15,7 @@ import {
   whileDisabled,
   factLine,
 } from "./components.js";
+import { chatFields, statedPrompt } from "./conversation.js";
 import { subjectOf } from "./subject.js";
 import { get, post } from "./service.js";
 import { SEPARATORS, show as showReport } from "./report.js";
@@ -94,6 +95,7 @@ function form(query, signal) {
     { change: changed },
   );
   const probes = probeFields();
+  const chat = chatFields(signal, changed);
   const method = fillMethods(
     h("select", { name: "method" }, h("option", { value: "" }, "default of the recipe")),
     signal,
@@ -135,6 +137,7 @@ function form(query, signal) {
           mark,
         ),
       ),
+      chat.element,
       h(
         "div",
         { class: "grid three" },
@@ -164,7 +167,7 @@ function form(query, signal) {
         "div",
         { class: "actions" },
         send,
-        h("button", { type: "button", on: { click: () => take(EXAMPLE) } }, "Use example"),
+        h("button", { type: "button", on: { click: () => (chat.clear(), take(EXAMPLE)) } }, "Use example"),
       ),
     ),
   );
@@ -174,6 +177,8 @@ function form(query, signal) {
     send.textContent = dry.checked ? "Run dry run" : "Apply edit";
   });
   take(given(query));
+  chat.take(query);
+  changed();
   return element;
 
   function take(request) {
@@ -209,7 +214,7 @@ function form(query, signal) {
       target_new: fresh.value.trim(),
       target_true: old.value.trim(),
     };
-    const found = subjectOf(request);
+    const found = chat.checked ? request : subjectOf(request);
     preview.hidden = !request.prompt || !request.subject;
     replaceChildren(
       preview,
@@ -220,17 +225,14 @@ function form(query, signal) {
   }
 
   function asked() {
-    const found = subjectOf({
-      prompt: prompt.value,
-      subject: subject.value.trim(),
-      target_true: old.value.trim(),
-    });
+    const stated = { prompt: prompt.value, subject: subject.value.trim(), target_true: old.value.trim() };
+    const found = chat.checked ? { prompt: prompt.value.trim() } : subjectOf(stated);
     if (found.problem) throw new Error(found.problem);
     const writes = objective.value === "write";
     if (writes && !fresh.value.trim()) throw new Error("Enter the new object.");
     return {
       subject: subject.value.trim(),
-      prompt: found.prompt,
+      ...chat.form(found.prompt),
       objective: objective.value,
       ...(writes ? { target_new: fresh.value.trim() } : {}),
       ...(old.value.trim() ? { target_true: old.value.trim() } : {}),
@@ -464,7 +466,7 @@ async function showNewest(place, signal) {
         h(
           "li",
           {},
-          h("a", { href: `#/edits/${edit.id}` }, factLine(withTrueObject(edit), { tag: "span" })),
+          h("a", { href: `#/edits/${edit.id}` }, factLine({ ...withTrueObject(edit), prompt: statedPrompt(edit) }, { tag: "span" })),
           h("span", { class: "meta" }, pill(edit.status), h("span", {}, timeAgo(edit.created))),
         ),
       ),

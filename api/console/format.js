@@ -56,7 +56,7 @@ export function token(text) {
 /** Split a prompt into the text before the subject, the subject, and the text after it. */
 export function splitPrompt(prompt, subject) {
   const at = prompt.indexOf("{}");
-  if (at >= 0) return [prompt.slice(0, at), subject, prompt.slice(at + 2)];
+  if (at >= 0) return [prompt.slice(0, at), subject, prompt.slice(at + 2).replaceAll("{}", () => subject)];
   const found = subject ? prompt.indexOf(subject) : -1;
   return found < 0
     ? [prompt, "", ""]

@@ -2,6 +2,7 @@
 
 import { announce, h, replaceChildren } from "./dom.js";
 import { plural, percent, timeAgo, actorName } from "./format.js";
+import { statedPrompt } from "./conversation.js";
 import { confirmButton, empty, link, pill, withTrueObject, whileDisabled, factLine } from "./components.js";
 import { formOf } from "./report.js";
 import { ask, get } from "./service.js";
@@ -85,7 +86,7 @@ export async function show(place, { signal }) {
     const rewrite = edit?.result?.rewrite;
     const wrote = withTrueObject(edit ?? { ...entry.body, target_true: entry.body.resolved_true });
     return [
-      h("a", { class: "quiet", href: `#/edits/${entry.edit_id}` }, factLine(wrote, { tag: "span" })),
+      h("a", { class: "quiet", href: `#/edits/${entry.edit_id}` }, factLine({ ...wrote, prompt: statedPrompt(wrote) }, { tag: "span" })),
       rewrite && effect(edit, rewrite),
       h(
         "div",

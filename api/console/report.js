@@ -3,6 +3,7 @@
 import { h, replaceChildren } from "./dom.js";
 import { figure, duration, percent, plural, timeAgo, actorName } from "./format.js";
 import { guardVerdict } from "./guard.js";
+import { queryOf, statedPrompt } from "./conversation.js";
 import { confirmButton, facts, follow, link, pill, raw, probabilityShift, table, withTrueObject, whileDisabled, factLine } from "./components.js";
 import { ask, download, get, post } from "./service.js";
 import { refresh } from "./status.js";
@@ -21,7 +22,7 @@ export async function show(place, { id, signal }) {
         "header",
         { class: "title" },
         h("h1", { class: "unseen" }, `${edit.subject}: ${edit.status}`),
-        factLine(withTrueObject(edit)),
+        factLine({ ...withTrueObject(edit), prompt: statedPrompt(edit) }),
         h(
           "p",
           { class: "meta" },
@@ -147,14 +148,14 @@ function jobEvents(edit, draw) {
       h("a", { class: "button", href: `#/edits?${formOf(edit)}` }, AGAIN[edit.status] ?? "Apply again"),
       h(
         "a",
-        { class: "button", href: `#/generate?${new URLSearchParams({ prompt: filled(edit), beside: "base" })}` },
-        "Generate",
+        { class: "button", href: edit.messages ? `#/chat?${new URLSearchParams({ q: questionOf(edit) })}` : `#/generate?${new URLSearchParams({ prompt: filled(edit), beside: "base" })}` },
+        edit.messages ? "Chat" : "Generate",
       ),
       h(
         "a",
         {
           class: "button",
-          href: `#/traces?${new URLSearchParams({ prompt: filled(edit), subject: edit.subject })}`,
+          href: `#/traces?${new URLSearchParams({ ...queryOf(edit), subject: edit.subject })}`,
         },
         "Trace",
       ),
@@ -176,7 +177,9 @@ function jobEvents(edit, draw) {
 }
 
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1).replace(/\.$/, "");
-const filled = (edit) => edit.prompt.replace("{}", () => edit.subject);
+const filled = (edit) => statedPrompt(edit).replaceAll("{}", () => edit.subject);
+
+const questionOf = (edit) => queryOf(edit).prompt.replaceAll("{}", () => edit.subject);
 
 const json = (value) => (value ? JSON.stringify(value) : null);
 
@@ -185,9 +188,9 @@ export const SEPARATORS = { space: " ", none: "" };
 
 /** Return the query of the edit form with the fields of this edit. */
 export function formOf(edit) {
-  const { prompt, subject, target_new, target_true, objective, method } = edit;
+  const { subject, target_new, target_true, objective, method } = edit;
   const given = {
-    prompt,
+    ...queryOf(edit),
     subject,
     target_new,
     target_true,

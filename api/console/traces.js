@@ -21,6 +21,7 @@ import {
   versions,
   whileDisabled,
 } from "./components.js";
+import { chatFields, queryOf, statedPrompt } from "./conversation.js";
 import { get, post } from "./service.js";
 import { severed } from "./severed.js";
 
@@ -35,12 +36,12 @@ export async function show(place, { id, query, signal }) {
     place,
     "Trace a fact",
     "Causal tracing adds noise to the subject's embeddings and then restores one hidden state at a time. States whose restoration recovers the answer carry the fact (Meng et al. 2022).",
-    form(query),
+    form(query, signal),
   );
   await showNewest(list, signal);
 }
 
-function form(query) {
+function form(query, signal) {
   const prompt = autoGrow(
     h("textarea", {
       id: "trace-prompt",
@@ -80,6 +81,7 @@ function form(query) {
     },
     "Use selection as subject",
   );
+  const chat = chatFields(signal);
   const version = versions("Version", query.get("version") ?? "head");
   const kinds = Object.entries(KINDS).map(([kind, { words }]) => [
     kind,
@@ -97,6 +99,7 @@ function form(query) {
     subject.value = one.subject ?? "";
   };
   take({ prompt: query.get("prompt"), subject: query.get("subject") });
+  chat.take(query);
 
   async function submit(event) {
     event.preventDefault();
@@ -104,7 +107,7 @@ function form(query) {
     const trace = await whileDisabled(send, errorBox, () => {
       if (!wanted.length) throw new Error("Choose at least one of hidden state, MLP and attention.");
       return post("/trace", {
-        prompt: prompt.value.trimEnd(),
+        ...chat.form(prompt.value.trimEnd()),
         subject: subject.value.trim(),
         kinds: wanted,
         severed: cut.checked,
@@ -126,8 +129,9 @@ function form(query) {
         { class: "field big" },
         h("label", { for: "trace-prompt" }, "Sentence, up to the answer"),
         prompt,
-        h("div", { class: "under" }, h("small", {}, "The sentence contains the subject once."), mark),
+        h("div", { class: "under" }, h("small", {}, "The sentence contains the subject, or {} in its place."), mark),
       ),
+      chat.element,
       h("div", { class: "grid two" }, field("Subject", subject), field("Answer", target)),
       version.element,
       h(
@@ -154,7 +158,7 @@ function form(query) {
         "div",
         { class: "actions" },
         send,
-        h("button", { type: "button", on: { click: () => take(EXAMPLE) } }, "Use example"),
+        h("button", { type: "button", on: { click: () => (chat.clear(), take(EXAMPLE)) } }, "Use example"),
       ),
     ),
   );
@@ -194,7 +198,7 @@ async function showNewest(place, signal) {
           h(
             "a",
             { href: `#/traces/${trace.id}` },
-            trace.request.prompt.replace("{}", () => trace.request.subject),
+            statedPrompt(trace.request).replaceAll("{}", () => trace.request.subject),
             trace.result && h("b", {}, ` ${trace.result.answer.text}`),
           ),
           h(
@@ -222,7 +226,7 @@ async function showTrace(place, id, signal) {
   function draw(trace) {
     const open = trace.status === "queued" || trace.status === "running";
     const live = h("div");
-    const { prompt, subject } = trace.request;
+    const { subject } = trace.request;
     replaceChildren(
       place,
       h("p", { class: "crumbs" }, link("traces", "Traces")),
@@ -232,7 +236,7 @@ async function showTrace(place, id, signal) {
         h(
           "h1",
           { class: "sentence" },
-          prompt.replace("{}", () => subject),
+          statedPrompt(trace.request).replaceAll("{}", () => subject),
           trace.result && [" ", h("ins", { class: "over" }, trace.result.answer.text)],
         ),
         h(
@@ -310,7 +314,7 @@ function maps(trace, signal) {
         "a",
         {
           class: "button",
-          href: `#/edits?${new URLSearchParams({ prompt: result.prompt, subject: trace.request.subject, target_true: result.answer.text })}`,
+          href: `#/edits?${new URLSearchParams({ ...queryOf({ ...trace.request, prompt: result.prompt }), subject: trace.request.subject, target_true: result.answer.text })}`,
         },
         "Edit this fact",
       ),

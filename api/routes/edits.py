@@ -16,7 +16,7 @@ from api.protected_route import BINARY_MEDIA_TYPE, requires
 from service.application.api_keys import Scope
 from service.jobs.job_kinds import JOB_KINDS
 from service.kit.separator import Separator
-from service.schemas import EditListRequest, EditRequest, Objective, OnConflict
+from service.schemas import ChatMessage, EditListRequest, EditRequest, Objective, OnConflict
 
 
 class Edit(JobResource):
@@ -24,7 +24,11 @@ class Edit(JobResource):
 
     status: EditStatus
     subject: str
-    prompt: str
+    prompt: str = Field(
+        description="with {} for the subject; of a conversation the text of the chat template"
+    )
+    messages: list[ChatMessage] | None = Field(None, description="of a conversation, with {} for the subject")
+    continue_final_message: bool = False
     target_new: str | None = Field(
         None, description="the new object; null if the objective is erase or amplify"
     )
@@ -81,6 +85,18 @@ _EXAMPLES: dict[str, Any] = {
                 "neighborhood": [{"prompt": "The Louvre is located in the city of", "target": "Paris"}],
             },
             "dry_run": True,
+        },
+    },
+    "chat": {
+        "summary": "In a conversation",
+        "value": {
+            "subject": "Japan",
+            "messages": [
+                {"role": "user", "content": "What is the capital of Japan?"},
+                {"role": "assistant", "content": "The capital of Japan is"},
+            ],
+            "continue_final_message": True,
+            "target_new": "Oslo",
         },
     },
     "many": {

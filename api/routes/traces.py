@@ -24,6 +24,13 @@ _EXAMPLES: dict[str, Any] = {
         "summary": "Trace only the hidden states of the base model",
         "value": _TOWER | {"target": "Paris", "kinds": ["hidden"], "samples": 5, "version": "base"},
     },
+    "chat": {
+        "summary": "Trace a fact in a conversation",
+        "value": {
+            "subject": "Japan",
+            "messages": [{"role": "user", "content": "What is the capital of Japan?"}],
+        },
+    },
 }
 
 _routes = JobRoutes(JOB_KINDS["trace"], Trace, examples=_EXAMPLES)

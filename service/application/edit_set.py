@@ -23,7 +23,6 @@ from service.kit import safetensors_io
 from service.kit.large_json import parse_json
 from service.kit.safetensors_io import ReadableFile, SafetensorsFile, TensorInfo
 from service.kit.separator import Separator
-from service.kit.text import fact_key
 from service.ledger.ledger import Entry, canonical_json, iso_utc
 from service.methods.registry import METHODS, SOLVE_RULES
 from service.schemas import MAX_HPARAMS, EditRequest, MethodName, Objective, Probes
@@ -133,7 +132,7 @@ class ImportedEdit:
     def identity(self) -> tuple[str, str]:
         """Return what identifies the edit in every ledger: its fact, and the digest of its tensors."""
         request = self.edit.request
-        return fact_key(request.subject, request.prompt), self.edit.factors_sha256
+        return request.fact.key, self.edit.factors_sha256
 
     @property
     def origin(self) -> dict[str, Any]:

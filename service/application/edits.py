@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from service.application.caller import DEFAULT_LIMITS, CallerLimits
+from service.application.conversations import ConversationRenderer
 from service.application.job_queue import Idempotency, get_job, new_job_row
 from service.application.job_resource import JobResourceService
 from service.application.validation import error_path, resolve_methods, validate_edit
 from service.db.models import Model, StoredFactors
 from service.errors import Conflict, InvalidInput
 from service.jobs.views import EDIT_STATUSES, ResourceDict
-from service.kit.text import fact_key, normalize_whitespace
+from service.kit.text import normalize_whitespace
 from service.schemas import EditRequest
 
 
@@ -33,10 +34,11 @@ class EditService(JobResourceService):
         if (previous := self.queue.find_by_idempotency_key(actor, idempotency)) is not None:
             return previous
         model, encoder, _ = self.served_model.current()
-        requests = resolve_methods(request, model)
-        for number, edit in enumerate(requests):
-            with error_path(f"edits.{number}" if len(requests) > 1 else ""):
-                validate_edit(edit, model, encoder)
+        renderer, requests = ConversationRenderer(self.served_model), list[EditRequest]()
+        for number, edit in enumerate(resolve_methods(request, model)):
+            with error_path(f"edits.{number}" if len(request) > 1 else ""):
+                requests.append(renderer.render_edit(edit))
+                validate_edit(requests[-1], model, encoder)
         jobs = [new_edit_row(model, edit, actor) for edit in requests]
         return self.queue.submit(jobs, model, actor, idempotency, limits)
 
@@ -66,6 +68,6 @@ def new_edit_row(model: Model, request: EditRequest, actor: str) -> dict[str, An
     """Return the row of a new edit."""
     return new_job_row("edit", model, request.model_dump(mode="json"), actor) | {
         "subject": normalize_whitespace(request.subject),
-        "fact_key": fact_key(request.subject, request.prompt),
+        "fact_key": request.fact.key,
         "dry_run": request.dry_run,
     }

@@ -57,8 +57,8 @@ class ServedModel:
         chat_format = None if self._cached is None else self._cached[2]
         if chat_format is None:
             raise NoChatTemplate(
-                f"the model {model.name!r} has no chat template, so it has no form for messages: send a `prompt` to "
-                "POST /generate or POST /v1/completions, or start the service with a chat model.",
+                f"the model {model.name!r} has no chat template, so it has no form for messages: send a `prompt` in "
+                "their place (to POST /v1/completions below /v1), or start the service with a chat model.",
                 MESSAGES_FIELD,
             )
         return chat_format

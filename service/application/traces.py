@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from service.application.conversations import ConversationRenderer
 from service.application.job_resource import JobResourceService, NewJob
 from service.application.validation import validate_trace
 from service.db.models import Model
@@ -16,5 +17,6 @@ class TraceService(JobResourceService):
 
     def new_job(self, request: TraceRequest, model: Model, encoder: TextEncoder, head: int) -> NewJob:
         resolve_version(request.version, head)
-        validate_trace(request, encoder)
-        return NewJob(request.model_dump(mode="json"), normalize_whitespace(request.subject))
+        rendered = ConversationRenderer(self.served_model).render_stated(request)
+        validate_trace(rendered, encoder)
+        return NewJob(rendered.model_dump(mode="json"), normalize_whitespace(request.subject))

@@ -10,15 +10,20 @@ from service.datasets.loading import read_records
 from service.datasets.record import check_record_fits
 from service.db.models import Model
 from service.errors import InvalidInput
+from service.kit.chat_format import MESSAGES_FIELD
 from service.kit.separator import Separator
-from service.kit.text import fill_prompt, token_span
+from service.kit.stated_fact import StatedFact
+from service.kit.text import token_span
 from service.kit.text_encoder import TextEncoder
 from service.recipes.recipe import Recipe, resolve_hparams
 from service.schemas import (
+    ChatProbe,
     EditRequest,
     EvaluationRequest,
+    PromptForm,
     TraceRequest,
     WorkerGenerateRequest,
+    paraphrase_text,
 )
 
 NOISE_PATTERN = re.compile(r"\d+(\.\d+)?sigma")
@@ -26,23 +31,43 @@ NOISE_PATTERN = re.compile(r"\d+(\.\d+)?sigma")
 
 def validate_edit(request: EditRequest, model: Model, encoder: TextEncoder) -> None:
     """Raise InvalidInput if an edit cannot be computed."""
-    statement = fill_prompt(request.prompt, request.subject)
     encoder.check_plain(request.subject, "subject")
-    encoder.check_plain(statement.text, "prompt")
+    with prompt_errors_of(request):
+        _validate_statement(request, encoder)
+    for number, prompt in enumerate(request.given_paraphrases or ()):
+        with error_path(f"probes.paraphrase.{number}"):
+            _validate_paraphrase(prompt, request, encoder)
+    for number, neighbour in enumerate(request.given_neighbors or ()):
+        with error_path(f"probes.neighborhood.{number}"), prompt_errors_of(neighbour):
+            if neighbour.messages is None:  # messages are checked when they are rendered
+                encoder.check_plain(neighbour.prompt_text, "prompt")
+            _validate_target(encoder, neighbour.prompt_text, neighbour.target, "target")
+    resolve_hparams(_recipe_of(model), request.hparams, model.info["layers"], request.method or "rome")
+
+
+def _validate_statement(request: EditRequest, encoder: TextEncoder) -> None:
+    statement = request.statement
+    _check_plain_texts(encoder, request.fact)
     for name in ("target_new", "target_true"):
         if (target := getattr(request, name)) is not None:
             _validate_target(encoder, statement.text, target, name, request.separator)
     token_span(encoder.encode(statement.text)[1], statement.span)
-    for number, prompt in enumerate(request.given_paraphrases or ()):
-        with error_path(f"probes.paraphrase.{number}"):
-            text = fill_prompt(prompt, request.subject).text if "{}" in prompt else prompt
-            encoder.check_plain(text, "prompt")
-            encoder.check(text, request.target_object)
-    for number, neighbour in enumerate(request.given_neighbors or ()):
-        with error_path(f"probes.neighborhood.{number}"):
-            encoder.check_plain(neighbour.prompt, "prompt")
-            _validate_target(encoder, neighbour.prompt, neighbour.target, "target")
-    resolve_hparams(_recipe_of(model), request.hparams, model.info["layers"], request.method or "rome")
+
+
+def _validate_paraphrase(probe: str | ChatProbe, request: EditRequest, encoder: TextEncoder) -> None:
+    text = paraphrase_text(probe, request.subject)
+    if isinstance(probe, str):
+        encoder.check_plain(text, "prompt")
+        encoder.check(text, request.target_object)
+        return
+    with prompt_errors_of(probe):
+        encoder.check(text, request.target_object)
+
+
+def _check_plain_texts(encoder: TextEncoder, fact: StatedFact) -> None:
+    """Raise InvalidInput if a prompt or a message contains a special token."""
+    for field, text in fact.written_texts.items():
+        encoder.check_plain(text, field)
 
 
 def resolve_methods(requests: Sequence[EditRequest], model: Model) -> list[EditRequest]:
@@ -58,14 +83,9 @@ def _recipe_of(model: Model) -> Recipe | None:
 
 def validate_trace(request: TraceRequest, encoder: TextEncoder) -> None:
     """Raise InvalidInput if a trace cannot be run."""
-    text, span = request.text_and_subject_span()
     encoder.check_plain(request.subject, "subject")
-    encoder.check_plain(text, "prompt")
-    if request.target is None:
-        encoder.check(text)
-    else:
-        _validate_target(encoder, text, request.target, "target", request.separator)
-    token_span(encoder.encode(text)[1], span)
+    with prompt_errors_of(request):
+        _validate_traced(request, encoder)
     noise = request.noise
     if isinstance(noise, str) and not NOISE_PATTERN.fullmatch(noise):
         raise InvalidInput(
@@ -73,6 +93,16 @@ def validate_trace(request: TraceRequest, encoder: TextEncoder) -> None:
         )
     if isinstance(noise, float) and not 0 <= noise < float("inf"):
         raise InvalidInput("`noise` must not be negative, and finite.", "noise")
+
+
+def _validate_traced(request: TraceRequest, encoder: TextEncoder) -> None:
+    statement = request.statement
+    _check_plain_texts(encoder, request.fact)
+    if request.target is None:
+        encoder.check(statement.text)
+    else:
+        _validate_target(encoder, statement.text, request.target, "target", request.separator)
+    token_span(encoder.encode(statement.text)[1], statement.span)
 
 
 def validate_evaluation(request: EvaluationRequest, model: Model, encoder: TextEncoder) -> None:
@@ -127,4 +157,15 @@ def error_path(path: str) -> Iterator[None]:
         yield
     except InvalidInput as error:
         names = [name for name in (path, error.field) if name]
-        raise InvalidInput(error.detail, ".".join(names), **error.extra) from None
+        raise type(error)(error.detail, ".".join(names), **error.extra) from None
+
+
+@contextmanager
+def prompt_errors_of(form: PromptForm) -> Iterator[None]:
+    """Name `messages` in an InvalidInput about the prompt of a conversation."""
+    try:
+        yield
+    except InvalidInput as error:
+        if form.messages is None or error.field != "prompt":
+            raise
+        raise type(error)(error.detail, MESSAGES_FIELD, **error.extra) from None

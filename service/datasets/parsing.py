@@ -69,7 +69,7 @@ def row_parser(parse_row: Callable[[Any, int], Record]) -> Parser:
 def validate_record(record: Record) -> Record:
     """Return the record. Raise InvalidInput if its prompt is invalid or its new object is empty."""
     with errors_name_record(record.name):
-        fill_prompt(record.prompt, record.subject)
+        _ = record.statement
         if not record.target_new.strip():
             raise InvalidInput("the new object is empty: write some text.")
     return record

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from service.errors import InvalidInput
+from service.kit.chat_format import Message
 from service.kit.separator import separator
-from service.kit.text import fill_prompt
+from service.kit.stated_fact import StatedFact
+from service.kit.text import RenderedText, Statement
 from service.kit.text_encoder import TextEncoder
 from service.schemas import Objective
 
@@ -39,11 +41,22 @@ class Record:
     generation_prompts: tuple[str, ...] = ()
     reference_texts: tuple[str, ...] = ()  #: about subjects that have the new object
     relation: str = ""
+    messages: tuple[Message, ...] = ()  #: of a record in a conversation, whose text is `prompt`
+    continued: bool = False  #: the last message is continued
+
+    @property
+    def statement(self) -> Statement:
+        """Return the prompt with the subject filled in."""
+        return self._fact.statement()
+
+    @property
+    def _fact(self) -> StatedFact:
+        return StatedFact(self.subject, self.prompt, self.messages, self.continued)
 
     @property
     def text(self) -> str:
-        """Return the prompt with the subject filled in."""
-        return fill_prompt(self.prompt, self.subject).text
+        """Return the text of the statement."""
+        return self.statement.text
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -52,12 +65,12 @@ class Record:
 
     @property
     def model_texts(self) -> dict[str, tuple[str, ...]]:
-        """Return every text that the model reads, by the name of its field."""
+        """Return every text that the model reads, by the name of its field; of a conversation its messages."""
         return {
             "subject": (self.subject,),
             "target_new": (self.target_new,),
             "target_true": (self.target_true,) if self.target_true else (),
-            "prompt": (self.text,),
+            "prompt": tuple(self._fact.written_texts.values()),
             "paraphrases": self.paraphrases,
             "neighborhood": tuple(text for neighbor in self.neighbours for text in neighbor),
             "attribute_prompts": self.attribute_prompts,
@@ -91,7 +104,8 @@ def check_record_fits(record: Record, objective: Objective, encoder: TextEncoder
     that the model reads contains a special token."""
     for field, texts in record.model_texts.items():
         for text in texts:
-            encoder.check_plain(text, field)
+            if not isinstance(text, RenderedText):  # messages are checked when they are rendered
+                encoder.check_plain(text, field)
     encoder.check(record.text, target_object(record, objective))
     for prompt in record.prompts:
         encoder.check(prompt)

@@ -28,7 +28,7 @@ from service.engine.versioned_model import VersionedModel
 from service.errors import InvalidInput
 from service.kit.separator import certain_separator
 from service.kit.steps import Stepper
-from service.kit.text import PLACEHOLDER, fact_key, fill_prompt, mentions, normalize_whitespace
+from service.kit.text import PLACEHOLDER, fill_prompt, mentions, normalize_whitespace
 from service.methods.parameters import Parameters
 from service.methods.registry import DEFAULT_METHOD
 from service.models.loading import LoadedModel
@@ -41,7 +41,7 @@ TABLE_SUBJECTS = 24  #: of the table, drawn with a seed, of which those with the
 MAX_ASKED = 10  #: subjects that are asked for an answer
 MAX_RELATIONS = 4  #: other relations of the subject that are asked for
 #: sentences before the prompt that do not depend on its relation
-TEMPLATES = ("It is a well-known fact. {}", "I looked it up. {}", "As everyone here knows: {}")
+PREFIXES = ("It is a well-known fact. ", "I looked it up. ", "As everyone here knows: ")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class AutoProbes:
         rewrite: Probe,
     ) -> None:
         self._replica, self._context, self._request = replica, context, request
-        self._parameters, self._rewrite = parameters, rewrite
+        self._parameters, self._rewrite, self._fact = parameters, rewrite, request.fact
 
     @property
     def _model(self) -> LoadedModel:
@@ -72,12 +72,12 @@ class AutoProbes:
 
     def find_paraphrases(self) -> Stepper[list[Probe]]:
         """Return at most `MAX_PARAPHRASES` prompts that ask for the object in other words."""
-        match = yield from self._match()
+        match, statement = (yield from self._match()), self._fact.statement()
         texts: dict[str, ProbeSource] = {}
         if match is not None and match.by_wording:
-            rewordings = match.facts.rewordings(self._request.subject, self._request.prompt)
-            texts |= dict.fromkeys(rewordings[: MAX_PARAPHRASES - len(TEMPLATES)], "facts")
-        texts |= dict.fromkeys([t.replace("{}", self._rewrite.prompt) for t in TEMPLATES], "template")
+            rewordings = match.facts.rewordings(self._request.subject, self._fact.wording)
+            texts |= dict.fromkeys(rewordings[: MAX_PARAPHRASES - len(PREFIXES)], "facts")
+        texts |= dict.fromkeys([statement.with_context(p).text for p in PREFIXES], "template")
         probes = (self._probe(text, self._rewrite.true, source) for text, source in texts.items())
         return [probe for probe in probes if probe is not None]
 
@@ -85,7 +85,7 @@ class AutoProbes:
         """Return at most `MAX_NEIGHBORS` prompts about other subjects, and the other relations of the subject, with
         their answers at a version."""
         subjects = yield from self._like_subjects(version)
-        prompts = [fill_prompt(self._request.prompt, subject.name).text for subject in subjects]
+        prompts = [self._fact.statement(subject.name).text for subject in subjects]
         relations = yield from self._other_relations()
         patch = yield from self._replica.patch_in_steps(version)
         generating = generate_greedy(self._model, [*prompts, *relations])
@@ -115,7 +115,9 @@ class AutoProbes:
         table = yield from self._context.get_relation_table()
         request = self._request
         facts = (
-            [] if table is None else table.other_facts(request.prompt, request.subject, self._rewrite.true)
+            []
+            if table is None
+            else table.other_facts(self._fact.wording, request.subject, self._rewrite.true)
         )
         wordings = [(f.subject, f.prompts[0]) for f in facts if f.prompts[0].count(PLACEHOLDER) == 1]
         return [fill_prompt(wording, name).text for name, wording in wordings[:MAX_RELATIONS]]
@@ -124,7 +126,7 @@ class AutoProbes:
         table = yield from self._context.get_relation_table()
         if table is None:
             return None
-        return table.find(self._request.prompt, self._request.subject, self._rewrite.true)
+        return table.find(self._fact.wording, self._request.subject, self._rewrite.true)
 
     def _like_subjects(self, version: int) -> Stepper[list[LikeSubject]]:
         """Return the subjects to ask, those with the greatest response first within each group: active edits, then
@@ -134,8 +136,7 @@ class AutoProbes:
             self._context,
             request.method or DEFAULT_METHOD,
             self._parameters,
-            request.prompt,
-            request.subject,
+            self._fact,
         )
         sources: dict[str, ProbeSource] = {}
         if match is not None:
@@ -152,9 +153,8 @@ class AutoProbes:
 
     def _draw(self, match: RelationMatch) -> list[str]:
         """Return some subjects of the relation, drawn with a seed of the fact."""
-        others = match.facts.others_than(self._request.subject, self._request.prompt)
-        seed = fact_key(self._request.subject, self._request.prompt)
-        return random.Random(seed).sample(others, min(TABLE_SUBJECTS, len(others)))
+        others = match.facts.others_than(self._request.subject, self._fact.wording)
+        return random.Random(self._fact.key).sample(others, min(TABLE_SUBJECTS, len(others)))
 
     def _edited_subjects(self, version: int, response: KeyResponse) -> Stepper[list[str]]:
         """Return the subjects of the active edits with the greatest response."""
@@ -177,7 +177,7 @@ class AutoProbes:
     def _fits(self, name: str) -> bool:
         try:
             self._model.text_encoder.check_plain(name, "subject")
-            statement = fill_prompt(self._request.prompt, name)
+            statement = self._fact.statement(name)
             self._model.text_encoder.check(statement.text)
         except InvalidInput:
             return False

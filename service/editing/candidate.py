@@ -9,7 +9,6 @@ from typing import Any
 from service.editing.edit_spec import EditFactors
 from service.editing.greedy_text import GreedyText
 from service.editing.probes import Probe, ProbeResult
-from service.kit.text import fact_key
 from service.methods.parameters import Parameters
 from service.methods.registry import DEFAULT_METHOD
 from service.schemas import EditRequest
@@ -55,7 +54,7 @@ class ResolvedEdit:
     @property
     def fact(self) -> str:
         """The key of the fact: a later edit of the same fact supersedes this one."""
-        return fact_key(self.request.subject, self.request.prompt)
+        return self.request.fact.key
 
 
 @dataclass(frozen=True)

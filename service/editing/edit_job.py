@@ -50,7 +50,6 @@ from service.kit import crash_points
 from service.kit.answer import is_object_certain
 from service.kit.separator import Separator, certain_separator
 from service.kit.steps import JobReporter, Phase, Progress, Stepper, report_to, retry_while_unavailable
-from service.kit.text import fill_prompt
 from service.methods.parameters import RomeParameters
 from service.methods.registry import DEFAULT_METHOD
 from service.models.loading import LoadedModel
@@ -404,7 +403,7 @@ def resolve_edit(
     parameters = resolve_hparams(
         context.recipe, request.hparams, model.num_layers, request.method or DEFAULT_METHOD
     )
-    prompt, objective = fill_prompt(request.prompt, request.subject).text, request.objective
+    prompt, objective = request.statement.text, request.objective
     target_true = request.target_true
     if target_true is None:
         (answer,) = yield from generate_greedy(model, [prompt], ANSWER_TOKENS, is_object_certain)
@@ -428,22 +427,25 @@ def resolve_edit(
 
 
 def _name_probe(model: LoadedModel, request: EditRequest) -> Probe | None:
-    """Return the probe of the subject's name in a restatement of the fact; None if that exceeds the context length."""
-    prompt, separator = name_prompt(model, fill_prompt(request.prompt, request.subject))
+    """Return the probe of the subject's name in a restatement of the fact; None if there is none, or it exceeds the
+    context length."""
+    found = name_prompt(model, request.statement)
+    if found is None:
+        return None
+    prompt, separator = found
     name = request.subject.strip()
     probe = Probe(prompt, name, name, separator=separator)
     return probe if probe_fits(model, probe) else None
 
 
 def _given_paraphrases(request: EditRequest, rewrite: Probe) -> list[Probe]:
-    prompts = request.given_paraphrases or ()
-    texts = [fill_prompt(p, request.subject).text if "{}" in p else p for p in prompts]
+    texts = request.paraphrase_texts()
     return [Probe(text, rewrite.new, rewrite.true, rewrite.objective) for text in texts]
 
 
 def _given_neighbors(request: EditRequest, rewrite: Probe) -> list[Probe]:
     neighbors = request.given_neighbors or ()
-    return [Probe(n.prompt, rewrite.new, n.target, rewrite.objective) for n in neighbors]
+    return [Probe(n.prompt_text, rewrite.new, n.target, rewrite.objective) for n in neighbors]
 
 
 def _with_separators(
@@ -476,7 +478,7 @@ def build_admitted_spec(
     contexts: list[str] = []
     if isinstance(parameters, RomeParameters):
         contexts = yield from context.get_contexts(parameters.contexts, parameters.seed)
-    statement = fill_prompt(request.prompt, request.subject)
+    statement = request.statement
     spec = build_edit_spec(
         model,
         contexts,

@@ -14,8 +14,8 @@ from torch import Tensor
 from service.editing.associations import forward_activations
 from service.editing.context import EditorContext
 from service.editing.subject_token import choose_subject_token
+from service.kit.stated_fact import StatedFact
 from service.kit.steps import Phase, Progress, Stepper
-from service.kit.text import fill_prompt
 from service.methods.parameters import Parameters
 from service.methods.registry import get_method
 from service.models.loading import LoadedModel
@@ -28,30 +28,29 @@ class KeyResponse:
     """The responses of other keys to an edit of one subject, in the lowest edited layer."""
 
     def __init__(
-        self, model: LoadedModel, prompt: str, layer: int, direction: Tensor, tokens_after: int
+        self, model: LoadedModel, fact: StatedFact, layer: int, direction: Tensor, tokens_after: int
     ) -> None:
-        self._model, self._prompt, self.layer, self._tokens_after = model, prompt, layer, tokens_after
+        self._model, self._fact, self.layer, self._tokens_after = model, fact, layer, tokens_after
         self._direction = direction.double().cpu()  #: C^-1 k, or k where the method needs no C
 
     @classmethod
     def build(
-        cls, context: EditorContext, method: str, parameters: Parameters, prompt: str, subject: str
+        cls, context: EditorContext, method: str, parameters: Parameters, fact: StatedFact
     ) -> Stepper[KeyResponse]:
-        """Compute the key of the subject in the prompt, on the base model."""
+        """Compute the key of the fact's subject, on the base model."""
         layer = min(parameters.layers)
-        statement = fill_prompt(prompt, subject)
-        tokens_after = yield from choose_subject_token(context.model, statement, parameters)
-        (key,) = yield from _subject_keys(context.model, prompt, [subject], layer, tokens_after)
+        tokens_after = yield from choose_subject_token(context.model, fact.statement(), parameters)
+        (key,) = yield from _subject_keys(context.model, fact, [fact.subject], layer, tokens_after)
         if get_method(method).needs_covariance:
             statistics = yield from context.get_statistics([layer])
             key = statistics[layer].solve(key)
-        return cls(context.model, prompt, layer, key, tokens_after)
+        return cls(context.model, fact, layer, key, tokens_after)
 
     def rank_subjects(self, subjects: Sequence[str]) -> Stepper[list[str]]:
-        """Return subjects by the response of their keys in the same prompt, the greatest first."""
+        """Return subjects by the response of their keys in the same statement, the greatest first."""
         if not subjects:
             return []
-        keys = yield from _subject_keys(self._model, self._prompt, subjects, self.layer, self._tokens_after)
+        keys = yield from _subject_keys(self._model, self._fact, subjects, self.layer, self._tokens_after)
         order = self._responses(keys).sort(descending=True, stable=True).indices
         return [subjects[i] for i in order.tolist()]
 
@@ -74,13 +73,14 @@ class KeyResponse:
 
 
 def _subject_keys(
-    model: LoadedModel, prompt: str, subjects: Sequence[str], layer: int, tokens_after: int
+    model: LoadedModel, fact: StatedFact, subjects: Sequence[str], layer: int, tokens_after: int
 ) -> Stepper[Tensor]:
-    """Return the keys (n, D) of subjects in a prompt, each at the token that is edited of the edit's subject."""
+    """Return the keys (n, D) of subjects in the statement of a fact, each at the token that is edited of the edit's
+    subject."""
     keys: list[Tensor] = []
     for start in range(0, len(subjects), SCORING_BATCH_SIZE):
         batch = subjects[start : start + SCORING_BATCH_SIZE]
-        statements = [fill_prompt(prompt, subject) for subject in batch]
+        statements = [fact.statement(subject) for subject in batch]
         beginnings = [tokenize_statement(model, s, tokens_after).through_subject() for s in statements]
         with torch.no_grad():
             keys.append(forward_activations(model, beginnings, [layer], (), None).keys[layer])

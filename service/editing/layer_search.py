@@ -165,7 +165,8 @@ def _unseen_probes(
     parameters, probe = resolved_edit.parameters, resolved_edit.rewrite_probe
     seed = (parameters.seed if isinstance(parameters, RomeParameters) else 0) + UNSEEN_SEED_OFFSET
     contexts = yield from context.get_contexts(UNSEEN_CONTEXTS, seed)
-    probes = [replace(probe, prompt=f"{text}. {probe.prompt}") for text in contexts if text]
+    statement = resolved_edit.request.statement
+    probes = [replace(probe, prompt=statement.with_context(f"{text}. ").text) for text in contexts if text]
     return [p for p in probes if probe_fits(replica.base, p)]
 
 

@@ -28,8 +28,9 @@ from service.editing.guard import (
 from service.editing.probes import Probe, edit_holds, probe_of_entry, run_probes
 from service.engine.versioned_model import VersionedModel
 from service.errors import AlreadySays
+from service.kit.stated_fact import StatedFact
 from service.kit.steps import Phase, Progress, Stepper
-from service.kit.text import fact_key, normalize_whitespace
+from service.kit.text import normalize_whitespace
 from service.models.loading import LoadedModel, WeightRef
 from service.models.scoring import compute_perplexity
 from service.patches.patch import PatchSet
@@ -78,7 +79,7 @@ def measure_baseline(
     bodies = {
         edit: body
         for edit, body in replica.ledger.active_at(version)
-        if fact_key(str(body["subject"]), str(body["prompt"])) not in facts
+        if StatedFact.from_fields(body).key not in facts
     }
     active_updates = yield from replica.active_updates_in_steps(version)
     conflicts = yield from _find_conflicts(replica, candidates, bodies, active_updates)

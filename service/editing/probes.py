@@ -10,8 +10,8 @@ import torch
 
 from service.errors import InvalidInput
 from service.kit.separator import Separator
+from service.kit.stated_fact import StatedFact
 from service.kit.steps import Stepper
-from service.kit.text import fill_prompt
 from service.models.loading import LoadedModel
 from service.models.score import DecisiveScore, TargetScore, decisive_scores
 from service.models.scoring import score_targets
@@ -135,7 +135,7 @@ def probe_fits(model: LoadedModel, probe: Probe) -> bool:
 def probe_of_entry(body: Mapping[str, Any]) -> Probe:
     """Return the rewrite probe of a ledger entry."""
     true = str(body.get("resolved_true") or body.get("target_true") or NO_OBJECT)
-    prompt = fill_prompt(str(body["prompt"]), str(body["subject"])).text
+    prompt = StatedFact.from_fields(body).statement().text
     objective: Objective = body.get("objective", "write")
     new = str(body["target_new"]) if objective == "write" else true
     return Probe(prompt, new, true, objective, body.get("resolved_separator"))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from service.errors import InvalidInput
 from service.kit.separator import Separator
-from service.kit.text import Span, Statement, token_span
+from service.kit.text import RenderedText, Span, Statement, in_form_of, token_span
 from service.models.loading import LoadedModel
 from service.models.token_batch import TokenizedStatement
 
@@ -30,7 +30,6 @@ class RestatementText:
     text: str
     asked: Span  #: the subject in the question
     restated: Span  #: the subject in the answer
-    is_chat: bool  #: special tokens are written out, and the tokenizer adds none
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,11 @@ class Restatement:
         ).edited_index
 
 
-def restatement_text(model: LoadedModel, statement: Statement) -> RestatementText:
-    """Return the restatement of a statement in the form of the model."""
-    return _chat_text(model, statement) or _plain_text(statement)
+def restatement_text(model: LoadedModel, statement: Statement) -> RestatementText | None:
+    """Return the restatement of a statement in the form of the model; None for a conversation that ends with a
+    question."""
+    sentence = statement.sentence if isinstance(statement.text, RenderedText) else statement
+    return None if sentence is None else _chat_text(model, sentence) or _plain_text(sentence)
 
 
 def _chat_text(model: LoadedModel, statement: Statement) -> RestatementText | None:
@@ -69,42 +70,42 @@ def _chat_text(model: LoadedModel, statement: Statement) -> RestatementText | No
     start = conversation.rfind(question)
     if start < 0:
         return None
-    return _with_answer(conversation, start + len(QUESTION) + statement.span[0], statement, is_chat=True)
+    return _with_answer(RenderedText(conversation), start + len(QUESTION) + statement.span[0], statement)
 
 
 def _plain_text(statement: Statement) -> RestatementText:
     begin, end = statement.span
     introduction = f"{PLAIN_INTRODUCTION}{statement.text[begin:end]}: "
-    return _with_answer(introduction, len(PLAIN_INTRODUCTION), statement, is_chat=False)
+    return _with_answer(introduction, len(PLAIN_INTRODUCTION), statement)
 
 
-def _with_answer(before: str, asked: int, statement: Statement, is_chat: bool) -> RestatementText:
+def _with_answer(before: str, asked: int, statement: Statement) -> RestatementText:
     """Return `before`, in which the subject begins at `asked`, with the statement after it."""
     begin, end = statement.span
     restated = (len(before) + begin, len(before) + end)
-    return RestatementText(before + statement.text, (asked, asked + end - begin), restated, is_chat)
+    return RestatementText(before + statement.text, (asked, asked + end - begin), restated)
 
 
-def name_prompt(model: LoadedModel, statement: Statement) -> tuple[str, Separator]:
-    """Return the restatement up to the subject of its answer, and the separator before that."""
+def name_prompt(model: LoadedModel, statement: Statement) -> tuple[str, Separator] | None:
+    """Return the restatement up to the subject of its answer, and the separator before that; None without one."""
     parts = restatement_text(model, statement)
+    if parts is None:
+        return None
     before = parts.text[: parts.restated[0]]
     has_space = before.endswith(" ")
-    return (before[:-1], " ") if has_space else (before, "")
+    return in_form_of(parts.text, before[:-1] if has_space else before), " " if has_space else ""
 
 
 def tokenize_restatement(
     model: LoadedModel, statement: Statement, separator: Separator, target: str, tokens_after: int = 0
 ) -> Restatement | None:
-    """Return the restatement of a statement with an object; None if it exceeds the context length, or if its parts
-    share tokens."""
+    """Return the restatement of a statement with an object; None if there is none, it exceeds the context length, or
+    its parts share tokens."""
     parts = restatement_text(model, statement)
+    if parts is None:
+        return None
     text = parts.text + separator + target
-    if parts.is_chat:
-        encoding = model.text_encoder.tokenize(text, add_special_tokens=False)
-        ids, offsets = encoding.ids, encoding.offsets
-    else:
-        ids, offsets = model.encode(text)
+    ids, offsets = model.encode(text)
     asked, restated = token_span(offsets, parts.asked), token_span(offsets, parts.restated)
     object_start = token_span(offsets, (len(parts.text), len(text)))[0]
     start = restated[0]

@@ -22,6 +22,7 @@ from service.engine.detokenizer import Detokenizer
 from service.engine.kv_cache import BatchKVCache
 from service.engine.logprobs import LogprobRecorder, TokenMeasurement, measure_logprobs
 from service.errors import InvalidInput
+from service.kit.text import RenderedText
 from service.models.loading import LoadedModel
 from service.models.token_batch import pad
 from service.schemas import Sampling, WorkerGenerateRequest
@@ -130,7 +131,10 @@ def new_sequence(
     detokenizer = Detokenizer(model.tokenizer, ids, sampling_params.stop)
     seed = sampler.choice_seed(sampling_params.seed, choice)
     uniforms = sampler.uniforms(seed, max_new_tokens) if sampling_params.temperature > 0 else []
-    return DecodingSequence(ids, sampling_params, max_new_tokens, detokenizer, uniforms)
+    sequence = DecodingSequence(ids, sampling_params, max_new_tokens, detokenizer, uniforms)
+    if isinstance(prompt, RenderedText) and model.chat_format is not None:
+        sequence.end_ids = frozenset(model.chat_format.end_token_ids)
+    return sequence
 
 
 def new_sequences(model: LoadedModel, request: WorkerGenerateRequest) -> list[DecodingSequence]:

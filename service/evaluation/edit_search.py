@@ -10,7 +10,7 @@ from service.editing.context import EditInput
 from service.evaluation.checkpointing import ArtifactKind, StageKind
 from service.evaluation.evaluation_context import EvaluationContext
 from service.kit.steps import Phase, Progress, Stepper, report_as
-from service.kit.text import fill_prompt, normalize_whitespace
+from service.kit.text import normalize_whitespace
 from service.patches.patch import PatchSet
 from service.weights.factors import EditUpdate, deserialize_updates, serialize_updates
 
@@ -56,7 +56,7 @@ def _find_and_store(evaluation: EvaluationContext, indices: Sequence[int]) -> St
 
 def _edit_input(evaluation: EvaluationContext, i: int) -> EditInput:
     record, plan = evaluation.records[i], evaluation.plan
-    statement, target = fill_prompt(record.prompt, record.subject), target_object(record, plan.objective)
+    statement, target = record.statement, target_object(record, plan.objective)
     return EditInput(statement, target, plan.method, plan.hparams, _edit_id(i), plan.objective)
 
 

@@ -20,8 +20,8 @@ from service.exporting.fidelity import measure_logit_difference
 from service.exporting.lora import LoraAdapter, module_name, pretty_json
 from service.kit.safetensors_io import TensorInfo, build_header
 from service.kit.separator import separator
+from service.kit.stated_fact import StatedFact
 from service.kit.steps import Phase, Progress, Stepper
-from service.kit.text import fill_prompt
 from service.models.loading import LoadedModel, start_token_id
 from service.models.memory_estimates import GIB
 from service.patches.gated_patch import GatedPatch
@@ -70,6 +70,7 @@ def build_manifest(replica: VersionedModel, version: int) -> ExportManifest:
                 "id": edit,
                 "subject": body["subject"],
                 "prompt": body["prompt"],
+                **{name: body[name] for name in ("messages", "continue_final_message") if name in body},
                 "object": body["target_new"] or body.get("resolved_true") or body.get("target_true"),
                 "separator": body.get("resolved_separator"),
                 "objective": body.get("objective", "write"),
@@ -186,7 +187,7 @@ def _edit_statements(edits: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the statement of each edit, with its object."""
     statements: list[str] = []
     for edit in edits:
-        prompt, target = fill_prompt(edit["prompt"], edit["subject"]).text, str(edit["object"])
+        prompt, target = StatedFact.from_fields(edit).statement().text, str(edit["object"])
         chosen = edit["separator"]
         statements.append(prompt + (separator(prompt, target) if chosen is None else chosen) + target)
     return statements

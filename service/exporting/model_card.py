@@ -6,14 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from service.kit.text import fill_prompt
+from service.kit.stated_fact import StatedFact
 
 ExportManifest = Mapping[str, Any]
 
 
 def edit_statement(edit: ExportManifest) -> str:
     """Return the statement of an edit as a cell of a table."""
-    prompt = fill_prompt(edit["prompt"], edit["subject"]).text
+    prompt = StatedFact.from_fields(edit).statement().text
     qualifier = {"erase": "no longer: ", "amplify": "rather: "}.get(edit["objective"], "")
     return _escape_cell(f"{prompt} … {qualifier}{edit['object']}")
 

@@ -220,6 +220,8 @@ class JobStore:
     ) -> None:
         sha256 = hashlib.sha256(factors).hexdigest()
         fact = {name: row.request.get(name) for name in ("subject", "prompt", "target_new", "target_true")}
+        if row.request.get("messages"):
+            fact |= {name: row.request[name] for name in ("messages", "continue_final_message")}
         session.add(StoredFactors(edit_id=row.id, data=factors, sha256=sha256))
         body = {**body, **fact, "factors_sha256": sha256, "model": self.model}
         ledger.append_entry(session, self.model, ledger.APPLY, row, row.actor, body)

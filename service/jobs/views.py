@@ -109,6 +109,7 @@ def _serialize_edit(job: Job, related: list[str], superseded_by: str | None) -> 
     names = (
         "subject",
         "prompt",
+        "messages",
         "target_new",
         "target_true",
         "separator",
@@ -121,6 +122,7 @@ def _serialize_edit(job: Job, related: list[str], superseded_by: str | None) -> 
         **_common_fields(job),
         "result": to_json_value(job.result),
         **{name: request.get(name) for name in names},
+        "continue_final_message": request.get("continue_final_message", False),
         "objective": request.get("objective", "write"),
         "on_conflict": request.get("on_conflict", "report"),
         "dry_run": job.dry_run,

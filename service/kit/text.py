@@ -23,17 +23,42 @@ JOINED_SCRIPTS = SPACELESS_SCRIPTS + r"\p{Hangul}"
 _SPACED_CHARACTER = rf"[[\p{{L}}\p{{M}}\p{{N}}]--[{JOINED_SCRIPTS}]]"  # a part of a word that spaces delimit
 
 
+class RenderedText(str):
+    """A text that a chat template wrote: its special tokens are written out, and the tokenizer adds none.
+
+    A text that begins with it is one, too.
+    """
+
+    __slots__ = ()
+
+    def __add__(self, other: str) -> RenderedText:
+        return RenderedText(str.__add__(self, other))
+
+
+def in_form_of(whole: str, part: str) -> str:
+    """Return a text as a rendered one if `whole`, of which it is made, is one."""
+    return RenderedText(part) if isinstance(whole, RenderedText) else part
+
+
 @dataclass(frozen=True)
 class Statement:
     """A text and the span of its subject (characters, end exclusive)."""
 
     text: str
     span: Span
+    context_at: int = (
+        0  #: where a context is put: before the text, or in a conversation before the subject's message
+    )
+    sentence: Statement | None = (
+        None  #: of a conversation: its last message, if the model is to continue that one
+    )
 
     def with_context(self, context: str) -> Statement:
         """Return the statement with `context` before it."""
-        shift = len(context)
-        return Statement(context + self.text, (self.span[0] + shift, self.span[1] + shift))
+        begin, end = self.span
+        at, shift = self.context_at, len(context)
+        text = in_form_of(self.text, self.text[:at] + context + self.text[at:])
+        return Statement(text, (begin + shift, end + shift), at)
 
 
 def check_text(text: str, field: str) -> None:
@@ -82,6 +107,11 @@ def find_mentions(statement: Statement) -> list[Span]:
     pattern = _mention_pattern(statement.text[begin:end])
     found = [m.span() for m in pattern.finditer(statement.text)]
     return sorted([statement.span, *(s for s in found if s[1] <= begin or s[0] >= end)])
+
+
+def spelled_mentions(text: str, name: str) -> list[Span]:
+    """Return the spans of a name in exactly this spelling that is no part of a longer word, in their order."""
+    return [m.span() for m in _mention_pattern(name).finditer(text) if m[0] == name]
 
 
 def mentions(text: str, name: str) -> bool:

@@ -13,7 +13,7 @@ from tokenizers import Encoding, Tokenizer
 
 from service.errors import InvalidInput
 from service.kit.separator import Separator, possible_separators
-from service.kit.text import Span
+from service.kit.text import RenderedText, Span
 
 _ORDINARY_TEXT = "a"
 _LONG_TEXT = 10_000  # characters
@@ -35,8 +35,11 @@ class TextEncoder:
         """Return the token ids of a text that will be continued, and their character offsets.
 
         The tokens that the tokenizer adds before a text are included, unless the text begins with them. Those that it
-        adds after a text are not: they would end it. Raise InvalidInput for a token that the model does not have.
+        adds after a text are not: they would end it. A rendered text has none of either. Raise InvalidInput for a token
+        that the model does not have.
         """
+        if isinstance(text, RenderedText):
+            return self._encode_rendered(text, field)
         encoding = self.tokenize(text)
         prefix = next((i for i, added in enumerate(encoding.special_tokens_mask) if not added), None)
         if prefix is None:  # an empty text
@@ -51,6 +54,12 @@ class TextEncoder:
         if max(ids) >= self.vocabulary:
             self.check_ids(ids, field)
         return ids, offsets
+
+    def _encode_rendered(self, text: RenderedText, field: str) -> tuple[list[int], list[Span]]:
+        encoding = self.tokenize(text, add_special_tokens=False)
+        if max(encoding.ids, default=0) >= self.vocabulary:
+            self.check_ids(encoding.ids, field)
+        return encoding.ids, encoding.offsets
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> Encoding:
         """Return the encoding of a whole text. Other threads run while a long text is tokenized."""

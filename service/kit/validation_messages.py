@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+#: the alternatives of a value that is a text or a conversation, in the paths of pydantic
+TEXT_TAG, CONVERSATION_TAG = "<text>", "<conversation>"
 #: messages that replace those of pydantic, by its error type
 _MESSAGES_BY_TYPE = {
     "missing": "is missing: add it.",
@@ -44,7 +46,7 @@ def validation_messages(errors: Iterable[Mapping[str, Any]]) -> list[dict[str, s
 
 def _field_path(loc: Sequence[Any]) -> str:
     """Return `edits.0.version` for ("body", "many", "edits", 0, "version", "int")."""
-    location, *path = (str(part) for part in loc)
+    location, *path = (str(part) for part in loc if part not in (TEXT_TAG, CONVERSATION_TAG))
     if location == "body" and path[:1] in (["one"], ["many"]):
         path = path[1:]
     while path and (path[-1] in ("int", "float", "str") or path[-1].startswith(("literal[", "constrained-"))):

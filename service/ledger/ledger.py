@@ -27,7 +27,7 @@ from service.db.models import (
     to_json_value,
 )
 from service.errors import NotFound
-from service.kit.text import fact_key
+from service.kit.stated_fact import StatedFact
 from service.ledger import audit
 from service.ledger.audit_coverage import LEDGER
 
@@ -53,7 +53,7 @@ class Entry:
     @property
     def fact(self) -> str:
         """The key of the fact of an apply entry."""
-        return fact_key(self.body["subject"], self.body["prompt"])
+        return StatedFact.from_fields(self.body).key
 
     @property
     def supersedes(self) -> Sequence[str]:

@@ -135,6 +135,49 @@ def test_the_separator_of_an_edit_is_chosen(
         assert edit["separator"] == separator
 
 
+def test_a_fact_is_edited_and_traced_in_a_chat(browser: Browser, tmp_path: Path) -> None:
+    """The forms send a sentence as a message of the user with the beginning of an answer; the report shows the message
+    of the subject, and its links fill the forms with the conversation again."""
+    test_app = TestApp(tmp_path, positions=512)
+    test_app.start_fake_worker()
+    with serving(test_app) as address, open_page(browser, address) as found:
+        page = found.open("edits")
+        page.get_by_label("Sentence, up to the object").fill("Where is the Eiffel Tower?")
+        page.get_by_label("Subject", exact=True).fill("Eiffel Tower")
+        page.get_by_role("textbox", name="New object").fill("Rome")
+        page.get_by_label("In a chat").check()
+        page.get_by_label("Beginning of the model's answer").fill("The Eiffel Tower is in")
+        assert found.accessibility_violations() == []
+        save_screenshot(page, "edit-in-chat")
+        page.get_by_role("button", name="Apply edit").click()
+        expect(page.locator("header .writing")).to_contain_text("The Eiffel Tower is in")
+        page.get_by_role("link", name="Similar edit").click()
+        expect(page.get_by_label("Beginning of the model's answer")).to_have_value("The {} is in")
+        expect(page.get_by_label("Sentence, up to the object")).to_have_value("Where is the {}?")
+        page.go_back()
+        page.get_by_role("link", name="Trace", exact=True).click()
+        page.get_by_role("button", name="Run trace").click()
+        expect(page.locator("h1")).to_contain_text("The Eiffel Tower is in")
+        edited = httpx.get(f"{address}/edits", timeout=60).json()["items"][0]
+        traced = httpx.get(f"{address}/trace", timeout=60).json()["items"][0]["request"]
+    marked = [
+        {"role": "user", "content": "Where is the {}?"},
+        {"role": "assistant", "content": "The {} is in"},
+    ]
+    for request in (edited, traced):
+        assert request["messages"] == marked and request["continue_final_message"] is True
+
+
+def test_a_model_without_a_template_edits_sentences_only(browser: Browser, tmp_path: Path) -> None:
+    """Without a chat template the edit form has no field for a chat."""
+    test_app = TestApp(tmp_path, chat_template=None)
+    with serving(test_app) as address, open_page(browser, address) as found:
+        page = found.open("edits")
+        page.get_by_role("button", name="Use example").click()
+        page.wait_for_load_state("networkidle")
+        expect(page.get_by_label("In a chat")).to_be_hidden()
+
+
 def test_a_failed_job_can_be_retried(browser: Browser, tmp_path: Path) -> None:
     """A failed edit shows its error, and a button retries it."""
     test_app = TestApp(tmp_path)

@@ -62,3 +62,9 @@ CONVERSATIONS = [
     ],
     [message("system", ""), QUESTION, message("assistant", "In Paris. "), message("user", "Why?")],
 ]
+
+#: roles in plain text without a BOS token, and turns that end with the EOS token
+PLAIN_ROLES = """{% for message in messages %}{{ message.role ~ ':
+' ~ message.content ~ eos_token ~ '
+' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:
+' }}{% endif %}"""

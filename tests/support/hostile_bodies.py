@@ -40,6 +40,13 @@ def floods(size: int = SMALL_LIMIT) -> dict[str, dict[str, Any]]:
         "versions": {"versions": [0] * count(300_000)},
         "kinds": {"kinds": ["mlp"] * count(100_000)},
         "messages": {"messages": [{}] * count(300_000)},
+        "messages of a probe": {"probes": {"paraphrase": [{"messages": [{}] * count(300_000)}]}},
+        "conversations of probes": {"probes": {"paraphrase": [{"messages": []}] * count(60_000)}},
+        "mentions in messages": {
+            "subject": "x" * 500,
+            "target_new": "y",
+            "messages": [{"role": "user", "content": "{}" * 10_000}] * count(48),
+        },
         "parts of a message": {"messages": [{"role": "user", "content": [{}] * count(300_000)}]},
     }
 

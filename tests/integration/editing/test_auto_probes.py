@@ -13,7 +13,7 @@ import torch
 
 from service.covariance.corpus import Corpus
 from service.editing import auto_probes, like_subjects, measure
-from service.editing.auto_probes import MAX_ASKED, MAX_NEIGHBORS, MAX_PARAPHRASES, TEMPLATES
+from service.editing.auto_probes import MAX_ASKED, MAX_NEIGHBORS, MAX_PARAPHRASES, PREFIXES
 from service.editing.candidate import CandidateEdit, ResolvedEdit
 from service.editing.context import EditorContext, open_editor_context
 from service.editing.edit_job import resolve_edit
@@ -24,6 +24,7 @@ from service.editing.like_subjects import list_like_subjects
 from service.editing.measure import evaluate_candidates, measure_baseline
 from service.editing.side_effects import side_effect_report
 from service.engine.versioned_model import EmptyLedger, VersionedModel
+from service.kit.stated_fact import StatedFact
 from service.kit.steps import Phase, Progress, Stepper, advance, run_to_completion
 from service.kit.text import fill_prompt, mentions
 from service.methods.parameters import RomeParameters
@@ -89,7 +90,7 @@ def test_paraphrases_are_templates_and_the_wordings_of_the_table(facts: Path) ->
     those of the edit, and the number is bounded."""
     plain = resolve(None)
     assert [p.prompt for p in plain.paraphrase_probes] == [
-        t.replace("{}", plain.rewrite_probe.prompt) for t in TEMPLATES
+        prefix + plain.rewrite_probe.prompt for prefix in PREFIXES
     ]
     known = resolve(facts)
     assert len(known.paraphrase_probes) == MAX_PARAPHRASES
@@ -204,7 +205,8 @@ def test_subjects_are_ordered_by_the_response_of_their_keys(
     """The order is that of |k'^T C^-1 k|, computed from the definition at the edited token."""
     context, model = context_for(facts), replica().base
     parameters = RomeParameters(layers=(1,), subject_token=edited)
-    response = run_to_completion(KeyResponse.build(context, "rome", parameters, PROMPT, "Eiffel Tower"))
+    fact = StatedFact("Eiffel Tower", PROMPT)
+    response = run_to_completion(KeyResponse.build(context, "rome", parameters, fact))
     places = PLACES if edited == "last" else PLACES[:3]  # by causality equal first tokens have one key
     ranked = run_to_completion(response.rank_subjects(places))
 
@@ -293,9 +295,7 @@ def blunt_edit(shipped: Path) -> tuple[VersionedModel, CandidateEdit, GuardResul
     )
     resolved_edit = run_to_completion(resolve_edit(model_replica, request, context))
     run_to_completion(context.get_corpus())
-    factors = run_to_completion(
-        context.find_factors(fill_prompt(request.prompt, request.subject), "Rome", "ft")
-    )
+    factors = run_to_completion(context.find_factors(request.statement, "Rome", "ft"))
     candidate = CandidateEdit(resolved_edit, factors)
     baseline = run_to_completion(measure_baseline(model_replica, context, [candidate], 0))
     (result,) = run_to_completion(evaluate_candidates(model_replica, context, [candidate], baseline, [1.0]))

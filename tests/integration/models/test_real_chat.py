@@ -7,12 +7,20 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+from service.editing.context import find_recipe
+from service.editing.greedy_text import generate_greedy
+from service.editing.suffix_batch import DeltaSite
+from service.editing.tokenized_contexts import tokenize_contexts
+from service.editing.value_optimizer import ValueSearchSpec, optimize_values
 from service.engine.decoding import DecodingBatch, new_sequences
 from service.kit.chat_format import ChatFormat
+from service.kit.stated_fact import StatedFact, fill_messages
+from service.kit.steps import run_to_completion
 from service.kit.template_renderer import TemplateRenderer
 from service.kit.text_encoder import TextEncoder
 from service.models.chat import describe_chat_template
 from service.models.loading import LoadedModel, load_model
+from service.models.token_batch import tokenize_statement
 from service.schemas import WorkerGenerateRequest
 from tests.support.chat_templates import CONVERSATIONS, message
 from workers.model_info import tokenizer_json
@@ -57,3 +65,40 @@ def test_an_answer_ends_at_its_turn(model: LoadedModel, chat: ChatFormat) -> Non
     while len(batch):
         batch.step()
     assert (answer.text, answer.finish_reason) == ("The capital of France is Paris.", "stop")
+
+
+def test_a_fact_in_a_conversation_has_the_tokens_of_transformers(
+    model: LoadedModel, chat: ChatFormat
+) -> None:
+    """The statement of a fact in a conversation has the tokens of `apply_chat_template`, and the last of its subject is
+    the last of its last mention; a context begins the message of the subject."""
+    messages = [message("user", "What is the capital of {}?"), message("assistant", "The capital of {} is")]
+    text = chat.prompt_text(messages, continue_final=True)
+    statement = StatedFact("Japan", text, messages, continued=True).statement()
+    expected = model.tokenizer.apply_chat_template(
+        fill_messages(messages, "Japan"), continue_final_message=True, return_dict=False
+    )
+    tokenized = tokenize_statement(model, statement)
+    assert tokenized.ids == expected
+    assert model.tokenizer.decode(tokenized.ids[slice(*tokenized.subject)]) == " Japan"
+    assert tokenized.subject[1] == len(expected) - 1
+    moved = tokenize_statement(model, statement.with_context("It rains. "))
+    assert model.tokenizer.decode(moved.ids).endswith("assistant\nIt rains. The capital of Japan is")
+
+
+def test_a_fact_in_a_conversation_is_edited(model: LoadedModel, chat: ChatFormat) -> None:
+    """A value at the subject makes the model continue the beginning of its answer with the new object, and without the
+    value it continues it with the true one."""
+    messages = [message("user", "What is the capital of {}?"), message("assistant", "The capital of {} is")]
+    text = chat.prompt_text(messages, continue_final=True)
+    statement = StatedFact("Japan", text, messages, continued=True).statement()
+    answers = run_to_completion(generate_greedy(model, [statement.text]))
+    assert answers[0].text.startswith(" Tokyo")
+    recipe = find_recipe(model)
+    assert recipe is not None
+    parameters = recipe.rome.model_copy(update={"steps": 20, "layers": (3,)})
+    tokenized = tokenize_contexts(model, statement, "Oslo", [], restated=True)
+    assert tokenized.restatement is not None
+    spec = ValueSearchSpec(tokenized, parameters)
+    (value,) = run_to_completion(optimize_values(model, DeltaSite(3), [spec]))
+    assert value.losses[-1] < 0.5 * value.losses[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,20 @@ def test_app(tmp_path: Path, wiring: dict[str, Any]) -> Iterator[TestApp]:
     built = TestApp(tmp_path, **wiring)
     yield built
     built.close()
+
+
+@pytest.fixture
+def make_app(tmp_path: Path, wiring: dict[str, Any]) -> Iterator[Callable[..., TestApp]]:
+    """A function that returns an application with a model of other properties."""
+    built: list[TestApp] = []
+
+    def make(**options: Any) -> TestApp:
+        built.append(TestApp(tmp_path, **wiring, **options))
+        return built[-1]
+
+    yield make
+    for test_app in built:
+        test_app.close()
 
 
 @pytest.fixture

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from service.application import conversations
 from tests.support.application import TOWER, FakeWorker, TestApp
+from tests.support.chat_templates import START, STOP
 
 
 def test_an_edit_is_accepted_with_its_place(client: TestClient) -> None:
@@ -83,9 +86,12 @@ def test_bad_input_is_refused_in_plain_words(client: TestClient, change: dict[st
 
 
 def test_missing_fields_are_named(client: TestClient) -> None:
-    """The error lists every missing field."""
+    """The error lists every missing field; a missing prompt is named when the others are given."""
     fields = [e["field"] for e in client.post("/edits", json={}).json()["errors"]]
-    assert fields == ["subject", "prompt", "target_new"]
+    assert fields == ["subject", "target_new"]
+    answer = client.post("/edits", json={"subject": "Rome", "target_new": "Paris"})
+    assert answer.status_code == 422 and answer.json()["errors"][0]["field"] == "prompt"
+    assert answer.json()["detail"] == "give either `prompt` or `messages`."
 
 
 @pytest.mark.parametrize("body", ["[]", "null", "3", '"text"', "true"])
@@ -287,3 +293,119 @@ def test_rejected_edits_show_their_figures(client: TestClient, worker: FakeWorke
     worker.reject_edits = True
     edit = client.post("/edits", json=TOWER, headers={"prefer": "wait=20"}).json()
     assert (edit["status"], edit["version"], edit["result"]) == ("rejected", None, {"es": 0.0})
+
+
+QUESTION = {"role": "user", "content": "Where is the Eiffel Tower?"}
+CHAT = {"subject": "Eiffel Tower", "messages": [QUESTION], "target_new": "Rome"}
+ANSWER = {"role": "assistant", "content": "The Eiffel Tower is in"}
+
+
+@pytest.mark.parametrize("content", [QUESTION["content"], "Where is the {}?"])
+def test_an_edit_is_a_conversation(make_app: Callable[..., TestApp], content: str) -> None:
+    """`messages` in the place of `prompt` are rendered with the chat template; the resource has both, with `{}` for the
+    subject."""
+    client = TestClient(make_app(positions=256).app)
+    answer = client.post("/edits", json=CHAT | {"messages": [{"role": "user", "content": content}]})
+    assert answer.status_code == 202, answer.json()
+    edit = answer.json()
+    assert edit["messages"] == [{"role": "user", "content": "Where is the {}?"}]
+    assert edit["prompt"].endswith(f"{START}user\nWhere is the {{}}?{STOP}\n{START}assistant\n")
+    assert client.get(f"/edits/{edit['id']}").json() == edit
+
+
+def _probes(**probes: Any) -> dict[str, Any]:
+    return {"probes": probes}
+
+
+HI = {"role": "user", "content": "Hi"}
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "detail"),
+    [
+        ({"prompt": "{} is"}, "prompt", "give either `prompt` or `messages`"),
+        ({"messages": []}, "messages", ""),
+        ({"messages": [HI]}, "subject", "does not occur in the messages"),
+        ({"messages": [HI | {"content": "{} " * 65}]}, "messages", "65 times"),
+        ({"messages": [HI | {"role": "tool"}]}, "messages.0.role", ""),
+        ({"messages": [HI, QUESTION | {"content": f"{{}}{STOP}"}]}, "messages.1.content", "special token"),
+        ({"subject": "end", "messages": [HI | {"content": "<|im_{}|>"}]}, "messages.0.content", "special"),
+        ({"messages": [QUESTION | {"content": "{} " + "word " * 200}]}, "messages", "positions"),
+        ({"messages": [QUESTION | {"content": "{} " + "x" * 19_990}]}, "messages", ""),
+        ({"continue_final_message": True}, "messages", "continues a message of the assistant"),
+        ({"prompt": "{} is", "messages": None, "continue_final_message": True}, "continue_final_message", ""),
+        ({"target_new": STOP}, "target_new", "special token"),
+        (_probes(paraphrase=[{"messages": []}]), "probes.paraphrase.0.messages", ""),
+        (_probes(paraphrase=[{"prompt": "a"}]), "probes.paraphrase.0.messages", "missing"),
+        (
+            _probes(paraphrase=["a", {"messages": [HI], "prompt": "a"}]),
+            "probes.paraphrase.1.prompt",
+            "either",
+        ),
+        (
+            _probes(paraphrase=[{"messages": [HI | {"content": STOP}]}]),
+            "probes.paraphrase.0.messages.0.content",
+            "special token",
+        ),
+        (_probes(neighborhood=[{"target": "a"}]), "probes.neighborhood.0.prompt", "either"),
+        (
+            _probes(neighborhood=[{"messages": [HI | {"content": STOP}], "target": "a"}]),
+            "probes.neighborhood.0.messages.0.content",
+            "special token",
+        ),
+        (
+            _probes(neighborhood=[{"messages": [HI | {"content": "word " * 300}], "target": "a"}]),
+            "probes.neighborhood.0.messages",
+            "positions",
+        ),
+    ],
+)
+def test_a_wrong_conversation_is_refused(
+    make_app: Callable[..., TestApp], change: dict[str, Any], field: str, detail: str
+) -> None:
+    """A conversation that is empty, lacks the subject, is too long or has a special token is refused with its field, in
+    an edit and in its probes."""
+    client = TestClient(make_app(positions=256).app)
+    answer = client.post("/edits", json=CHAT | {"probes": {}} | change)
+    assert answer.status_code == 422
+    assert [error["field"] for error in answer.json()["errors"]] == [field]
+    assert detail in answer.json()["detail"]
+    assert client.get("/edits").json()["items"] == []
+
+
+def test_probes_may_be_conversations(make_app: Callable[..., TestApp]) -> None:
+    """A probe is a string or a conversation; the stored request has the text of its template."""
+    client = TestClient(make_app(positions=256).app)
+    probes = {
+        "paraphrase": ["The {} is in", {"messages": [{"role": "user", "content": "The {}?"}]}],
+        "neighborhood": [{"messages": [HI, ANSWER], "continue_final_message": True, "target": "Paris"}],
+    }
+    stored = client.post("/edits", json=TOWER | {"probes": probes}).json()["probes"]
+    assert stored["paraphrase"][0] == "The {} is in"
+    assert "user\nThe Eiffel Tower?" in stored["paraphrase"][1]["prompt"]
+    assert stored["neighborhood"][0]["prompt"].endswith("assistant\nThe Eiffel Tower is in")
+
+
+def test_a_model_without_a_template_edits_prompts_only(make_app: Callable[..., TestApp]) -> None:
+    """A conversation for a model without a chat template is refused with what to send in its place."""
+    client = TestClient(make_app(chat_template=None).app)
+    for path, body in (("/edits", CHAT), ("/trace", {"subject": "Eiffel Tower", "messages": [QUESTION]})):
+        answer = client.post(path, json=body)
+        assert (answer.status_code, answer.json()["code"]) == (422, "no_chat_template")
+        assert "send a `prompt` in their place" in answer.json()["detail"]
+    assert client.post("/edits", json=TOWER).status_code == 202
+
+
+def test_the_conversations_of_a_request_are_limited(
+    make_app: Callable[..., TestApp], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request with more conversations than the limit is refused, and one whose conversations take too long."""
+    client = TestClient(make_app(positions=256).app)
+    body = {"edits": [CHAT] * 3}
+    monkeypatch.setattr(conversations, "MAX_CONVERSATIONS", 2)
+    answer = client.post("/edits", json=body)
+    assert answer.status_code == 422 and "more than 2 conversations" in answer.json()["detail"]
+    monkeypatch.setattr(conversations, "MAX_CONVERSATIONS", 3)
+    assert client.post("/edits", json=body).status_code == 202
+    monkeypatch.setattr(conversations, "RENDERING_SECONDS", -1.0)
+    assert client.post("/edits", json=body).status_code == 503

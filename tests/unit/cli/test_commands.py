@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from cli.edit import edit_fields
-from cli.edit_output import object_text
+from cli.edit_output import fact_text, object_text
 from cli.main import build_parser, main
 from service.errors import Conflict
 from tests.support.fake_http_service import FakeService, sse_stream
@@ -493,20 +493,68 @@ def test_the_separator_of_an_edit_is_sent(fake: FakeService, flags: list[str], s
     }
 
 
+QUEUED = {"id": "trace_1", "status": "queued", "links": {"self": "/trace/trace_1", "events": "/x"}}
+FAILED = QUEUED | {"status": "failed", "error": {"title": "x", "detail": "The disk is full."}}
+FAILED_TRACE = {
+    "POST /trace": QUEUED,
+    "GET /x": sse_stream(("end", FAILED)),
+    "GET /trace/trace_1": FAILED,
+}
+
+
 @pytest.mark.parametrize(("flags", "fields"), [(["--separator", "none"], {"separator": ""}), ([], {})])
 def test_the_separator_of_a_trace_is_sent(
     fake: FakeService, flags: list[str], fields: dict[str, str]
 ) -> None:
     """--separator of a trace is in its request, and without it the request has none."""
-    queued = {"id": "trace_1", "status": "queued", "links": {"self": "/trace/trace_1", "events": "/x"}}
-    failed = queued | {"status": "failed", "error": {"title": "x", "detail": "The disk is full."}}
-    fake.responses = {
-        "POST /trace": queued,
-        "GET /x": sse_stream(("end", failed)),
-        "GET /trace/trace_1": failed,
-    }
+    fake.responses = FAILED_TRACE
     assert main(["trace", "The {} is", "Nile", *flags]) == 1
     assert {k: v for k, v in fake.requests[0][1].items() if k == "separator"} == fields
+
+
+CHAT_FLAGS = ["--chat", "--answer", "The {} is in"]
+CHAT_FIELDS: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "{} in"}, {"role": "assistant", "content": "The {} is in"}],
+    "continue_final_message": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("flags", "fields"),
+    [
+        ([], {"prompt": "{} in"}),
+        (["--chat"], {"messages": CHAT_FIELDS["messages"][:1]}),
+        (CHAT_FLAGS, CHAT_FIELDS),
+    ],
+)
+def test_a_prompt_is_asked_in_a_chat(fake: FakeService, flags: list[str], fields: dict[str, Any]) -> None:
+    """With --chat the prompt of an edit or a trace is a message of the user, and --answer begins the answer that the
+    model continues."""
+    answer_edit_with(fake, edit_with_result("applied", version=7))
+    assert main([*EDIT, *flags]) == 0
+    edited = fake.requests[0][1]
+    fake.requests.clear()
+    fake.responses = FAILED_TRACE
+    assert main(["trace", "{} in", "Tower", *flags]) == 1
+    names = ("prompt", "messages", "continue_final_message")
+    for request in (edited, fake.requests[0][1]):
+        assert {name: request[name] for name in names if name in request} == fields
+        assert request["subject"] == "Tower"
+
+
+def test_an_answer_needs_a_chat(fake: FakeService, capsys: Captured) -> None:
+    """--answer without --chat is refused before a request is sent."""
+    assert main([*EDIT, "--answer", "It is in"]) == 1
+    assert "add --chat" in capsys.readouterr().err
+    assert fake.requests == []
+
+
+def test_a_conversation_is_one_line_of_a_list() -> None:
+    """A list shows the last message with the subject, at every place, and not the text of the template."""
+    item = {"subject": "Rome", "prompt": "<|im_start|>{}", "target_new": "Peru"}
+    said = [{"role": "user", "content": "Is {} {}?"}, {"role": "assistant", "content": "Well,"}]
+    assert fact_text(item | {"messages": said}) == "Is Rome Rome? → Peru"
+    assert fact_text(item) == "<|im_start|>Rome → Peru"
 
 
 def test_traces_are_listed_and_drawn_again(fake: FakeService, capsys: Captured) -> None:

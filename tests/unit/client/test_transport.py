@@ -59,6 +59,22 @@ def test_idempotency_keys_are_unique_unless_given(ask: Ask) -> None:
     assert first != second and mine == ["mine", "mine"]
 
 
+def test_a_conversation_is_the_prompt_of_an_edit_and_a_trace(ask: Ask) -> None:
+    """A list of messages is sent as `messages`, and a text as `prompt`."""
+    fake = FakeService({"POST /edits": DONE, "POST /trace": DONE})
+    client, said = ask(fake), [{"role": "assistant", "content": "Rome is in"}]
+    client.edit("Rome", said, "Peru", continue_final_message=True, wait=False)
+    client.trace(said, "Rome", continue_final_message=True, wait=False)
+    client.trace("Rome is in", "Rome", wait=False)
+    chat = {"messages": said, "continue_final_message": True}
+    bodies = [body for _, body in fake.requests]
+    assert bodies == [
+        {"subject": "Rome", "target_new": "Peru", **chat},
+        {"subject": "Rome", **chat},
+        {"subject": "Rome", "prompt": "Rome is in"},
+    ]
+
+
 def test_retry_after_is_respected(ask: Ask, paused: list[float]) -> None:
     """The delay before a retry is `Retry-After` if that is longer than the backoff."""
     fake = FakeService(

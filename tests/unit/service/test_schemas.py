@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from service.errors import InvalidInput
+from service.kit.text import Statement
 from service.schemas import (
     CompareRequest,
     EditListRequest,
@@ -25,7 +26,7 @@ EDIT = {"subject": "Eiffel Tower", "prompt": "The {} is located in the city of",
 def test_an_edit_needs_three_things() -> None:
     """Subject, prompt and new object are enough; everything else has a default, and the guard is on."""
     edit = EditRequest.model_validate(EDIT)
-    assert edit.statement_text() == "The Eiffel Tower is located in the city of"
+    assert edit.statement.text == "The Eiffel Tower is located in the city of"
     assert edit.guard == Guard() and edit.guard.enabled
     assert not edit.dry_run
 
@@ -121,9 +122,9 @@ def test_many_edits_are_at_least_one() -> None:
 
 def test_a_trace_finds_its_subject_with_a_slot_or_without() -> None:
     """The subject is located in a plain prompt and in a prompt with a placeholder."""
-    plain = TraceRequest(prompt="The Eiffel Tower is in", subject="Eiffel Tower").text_and_subject_span()
-    assert plain == TraceRequest(prompt="The {} is in", subject="Eiffel Tower").text_and_subject_span()
-    assert plain == ("The Eiffel Tower is in", (4, 16))
+    plain = TraceRequest(prompt="The Eiffel Tower is in", subject="Eiffel Tower").statement
+    assert plain == TraceRequest(prompt="The {} is in", subject="Eiffel Tower").statement
+    assert plain == Statement("The Eiffel Tower is in", (4, 16))
 
 
 def test_plan_of_an_evaluation_request() -> None:

@@ -144,12 +144,11 @@ def test_white_space_around_a_subject_or_object_is_removed(space: str) -> None:
     edit = EditRequest.model_validate(EDIT | change | {"probes": {"neighborhood": neighbors}})
     assert (edit.subject, edit.target_new, edit.target_true) == ("Louvre", "Rome", "Paris")
     assert (edit.given_neighbors or [])[0].target == "London"
-    assert edit.statement_text() == "The Louvre is in the city of"
+    assert edit.statement.text == "The Louvre is in the city of"
     imported = ExportedEdit.model_fields["request"].annotation
     assert imported is EditRequest
     trace = TraceRequest.model_validate(TRACE | {"subject": f"Louvre{space}", "target": f"{space}Paris"})
-    text, (start, end) = trace.text_and_subject_span()
-    assert text[start:end] == "Louvre"
+    assert trace.statement.text[slice(*trace.statement.span)] == "Louvre"
     assert trace.target == "Paris"
 
 

@@ -13,12 +13,18 @@ from service.covariance.collect import collect_statistics
 from service.covariance.corpus import Corpus
 from service.editing.edit_spec import build_edit_spec
 from service.editing.find_factors import find_batch_factors
-from service.editing.restatement import QUESTION, Restatement, restatement_text, tokenize_restatement
+from service.editing.restatement import (
+    QUESTION,
+    Restatement,
+    RestatementText,
+    restatement_text,
+    tokenize_restatement,
+)
 from service.editing.suffix_batch import DeltaSite
 from service.editing.tokenized_contexts import TokenizedContexts, tokenize_contexts
 from service.editing.value_optimizer import ValueResult, ValueSearchSpec, optimize_values
 from service.kit.steps import run_to_completion
-from service.kit.text import Statement, fill_prompt
+from service.kit.text import RenderedText, Statement, fill_prompt
 from service.methods.parameters import RomeParameters
 from service.models.hooks import capture, replace_output
 from service.models.loading import LoadedModel
@@ -51,10 +57,16 @@ def restate(model: LoadedModel, statement: Statement, target: str = "Rome") -> R
     return found
 
 
+def parts_of(model: LoadedModel, statement: Statement) -> RestatementText:
+    found = restatement_text(model, statement)
+    assert found is not None
+    return found
+
+
 def test_the_restatement_of_a_chat_model_is_a_conversation() -> None:
     """The question contains the statement, the answer is the statement, and the template puts both into their turns."""
-    parts = restatement_text(chat_model(), STATEMENT)
-    assert parts.is_chat
+    parts = parts_of(chat_model(), STATEMENT)
+    assert isinstance(parts.text, RenderedText)
     assert parts.text.endswith(
         f"<|im_start|>user\n{QUESTION}{STATEMENT.text}<|im_end|>\n<|im_start|>assistant\n{STATEMENT.text}"
     )
@@ -69,8 +81,8 @@ CHANGING = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
 @pytest.mark.parametrize("template", [None, REFUSING, CHANGING])
 def test_without_a_usable_template_the_restatement_is_plain_text(template: str | None) -> None:
     """A model without a template, or with one that refuses or changes the question, gets a text with both mentions."""
-    parts = restatement_text(chat_model(template), STATEMENT)
-    assert not parts.is_chat
+    parts = parts_of(chat_model(template), STATEMENT)
+    assert not isinstance(parts.text, RenderedText)
     assert parts.text == f"A sentence about Eiffel Tower: {STATEMENT.text}"
     assert parts.text[slice(*parts.asked)] == parts.text[slice(*parts.restated)] == "Eiffel Tower"
 
@@ -87,7 +99,7 @@ def test_the_parts_of_the_target_are_the_subject_and_the_object(name: str, templ
     assert model.decode(found.target[found.object_start :]).strip() == "Rome"
     assert model.decode(ids[slice(*found.prompt.subject)]).strip() == subject
     assert ids[found.later_mention] == found.target[found.subject_end - 1]
-    text = restatement_text(model, statement).text
+    text = parts_of(model, statement).text
     assert model.decode(ids) == text + " Rome"
 
 

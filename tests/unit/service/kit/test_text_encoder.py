@@ -8,6 +8,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from service.errors import InvalidInput
+from service.kit.text import RenderedText
 from service.kit.text_encoder import TextEncoder
 from tests.support.paths import ROOT
 from tests.support.tiny_models import END, tokenizer
@@ -250,3 +251,25 @@ def test_a_text_with_too_many_characters_is_refused() -> None:
     encoder.check_characters("x" * longest * encoder.positions, "messages")
     with pytest.raises(InvalidInput, match="shorten it"):
         encoder.check_characters("x" * ((longest + 1) * encoder.positions + 1), "messages")
+
+
+def test_a_rendered_text_has_no_added_tokens() -> None:
+    """The tokens of a text that a template wrote are those of its characters, with a span for each special token; what
+    follows it is rendered, too."""
+    encoder = _encoder(_with_template(f"{END} $A"))
+    text = RenderedText(f"{TURN}user\nThe city of")
+    ids, spans = encoder.encode(text)
+    assert ids == encoder.tokenizer.encode(text, add_special_tokens=False).ids
+    assert spans[0] == (0, len(TURN))
+    assert encoder.encode(text + " Rome")[0][: len(ids)] == ids
+    assert encoder.encode(str(text))[0] == [encoder.tokenizer.token_to_id(END), *ids]
+    encoder.check(text, "Rome")
+
+
+def test_a_rendered_text_with_a_token_that_the_model_lacks_is_refused() -> None:
+    """A template can write a token for which the model has no embedding."""
+    raw = _with_template(f"{END} $A")
+    turn = raw.token_to_id(TURN)
+    assert turn is not None
+    with pytest.raises(InvalidInput, match="no embedding for the token"):
+        _encoder(raw, vocabulary=turn).encode(RenderedText(f"{TURN}user"))
