@@ -244,7 +244,9 @@ class PublicModelExperiment:
     def measure_subject(self, record: Record, patch: PatchSet) -> dict[str, float | None]:
         """Return the two figures of the guard about the subject: the probability of its name where the model restates
         the fact, as a share of that of the base model, and the divergence of its description."""
-        prompt, separator = name_prompt(self.model, fill_prompt(record.prompt, record.subject))
+        named = name_prompt(self.model, fill_prompt(record.prompt, record.subject))
+        assert named is not None  # it is None for a statement in a conversation
+        prompt, separator = named
         probe, share = Probe(prompt, record.subject, record.subject, separator=separator), None
         if probe_fits(self.model, probe):
             (before,) = run_to_completion(run_probes(self.model, [probe]))
