@@ -3,8 +3,12 @@
     palimpsest serve --data-dir runs/figures
     python bench/figures.py
 
+    palimpsest serve --model smollm2-135m --data-dir runs/public
+    python bench/figures.py --public-trace docs/trace-smollm2.png
+
 The service must have an empty ledger and the shipped GPT. A run takes five to ten minutes on one core, most of them for
-the capacity figure, which commits `--batch-facts` edits. All data is requested over HTTP with the Python client.
+the capacity figure, which commits `--batch-facts` edits. With `--public-trace` the service has a public model and only
+its trace is drawn. All data is requested over HTTP with the Python client.
 """
 
 from __future__ import annotations
@@ -62,7 +66,15 @@ def main() -> None:
     )
     parser.add_argument("--batch-facts", type=int, default=120, help="edits of the capacity figure")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of facts")
+    parser.add_argument(
+        "--public-trace", type=Path, help="draw the trace of a public model into this file, and end"
+    )
     args = parser.parse_args()
+    if args.public_trace:
+        with Client(args.url) as client:
+            trace = client.trace(STATEMENT, SUBJECT, samples=10)
+            args.public_trace.write_bytes(client.picture(trace, "png"))
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     with Client(args.url) as client:
         head = client.models()[0].head

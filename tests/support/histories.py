@@ -1,4 +1,5 @@
-"""Random histories of a ledger: edits, imports of hostile tensors, supersessions and reverts, in any order.
+"""Random histories of a ledger: edits of both forms, imports of hostile tensors, supersessions and reverts, in any
+order.
 
 Every version of every history must build and be finite, and reverting everything must give the base bytes.
 """
@@ -22,6 +23,7 @@ from service.errors import PalimpsestError
 from service.kit.steps import run_to_completion
 from service.methods.registry import METHODS
 from service.models.loading import LoadedModel
+from service.patches.gated_patch import GatedPatch
 from service.schemas import EditRequest
 from tests.support.application import EDIT_PROVENANCE
 from tests.support.hostile_factors import HostileFactors, Tensors
@@ -47,6 +49,7 @@ class History:
         self.hostile = HostileFactors(self.random, model.hidden_size, model.intermediate_size)
         self.outcomes: Counter[str] = Counter()  #: of the edits, by final status
         self.reverts = 0
+        self.gated_versions = 0  #: versions with gated edits, by layer
         self.internal_errors: list[str] = []
 
     def close(self) -> None:
@@ -74,6 +77,8 @@ class History:
         request = self._request() | {"method": self.random.choice(METHOD_NAMES), "hparams": {"steps": 1}}
         if METHODS[request["method"]].needs_covariance:
             request["hparams"] |= {"contexts": 1}
+        if request["method"] == "rome" and self.random.random() < 0.7:
+            request["hparams"] |= {"form": "gated", "layers": [self.random.choice((0, 1))]}
         self.service.services.edits.submit([EditRequest.model_validate(request)], "key:alice")
         self._run_queued()
 
@@ -103,6 +108,10 @@ class History:
                 assert torch.isfinite(weight).all(), (
                     f"version {version} has a weight {site} that is not finite"
                 )
+            for patch in self.service.replica.patch(version).patches:
+                if isinstance(patch, GatedPatch):
+                    self.gated_versions += 1
+                    assert all(torch.isfinite(t).all() for t in patch.rows.tensors().values())
 
     def check_base_bytes(self) -> None:
         """Fail unless the head has the bytes of the base model."""
