@@ -67,11 +67,11 @@ def side_effect_lines(result: JobJson) -> Iterator[str]:
     if rewordings:
         follow = sum(map(_prefers_new, rewordings))
         yield f"paraphrases: the new object is the more probable one after {follow} of {len(rewordings)}"
-    if _judges_subject(result):
+    if _was_checked(result, "subject"):
         name = result["subject_name"]
         yield f"subject: named with p {format_cell(name['before'])} before and {format_cell(name['after'])} after, in a restatement"
     description = result.get("description_kl") or {}
-    if description.get("after") is not None:
+    if _was_checked(result, "description"):
         before, after = format_cell(description["before"]), format_cell(description["after"])
         yield f"description: {after} nats per token from that of the base model, {before} before"
     side_effects = result.get("side_effects") or {}
@@ -85,10 +85,11 @@ def side_effect_lines(result: JobJson) -> Iterator[str]:
         yield f"also changed: {what}: {change['before']} to {change['after'] or 'no answer'}"
 
 
-def _judges_subject(result: JobJson) -> bool:
-    """Whether the model named the subject before the edit, so that its name after it says something."""
+def _was_checked(result: JobJson, name: str) -> bool:
+    """Whether the guard judged a figure: the name of the subject only if the model knew it before the edit, and its
+    description only if the request has a limit."""
     checks = (result.get("guard") or {}).get("checks") or []
-    return any(check["name"] == "subject" for check in checks)
+    return any(check["name"] == name for check in checks)
 
 
 def _found_probes(result: JobJson, kind: str) -> list[JobJson]:

@@ -297,14 +297,15 @@ def test_edit_says_whether_the_subject_is_still_named(fake: FakeService, capsys:
 
 
 def test_edit_says_how_far_the_description_changed(fake: FakeService, capsys: Captured) -> None:
-    """The divergence of the description is shown where it was measured."""
+    """The divergence of the description is shown where the guard judges it."""
     edit = edit_with_result("applied", version=7)
-    for figures, shown in (({"before": 0.0, "after": 0.25}, True), ({"before": None, "after": None}, False)):
-        edit["result"]["description_kl"] = figures
+    edit["result"]["description_kl"] = {"before": 0.0, "after": 0.25}
+    line = "description: 0.250 nats per token from that of the base model, 0.000 before"
+    for checks in ([], [{"name": "description", "passed": True, "figure": 0.25, "limit": 1.0}]):
+        edit["result"]["guard"] = {"passed": True, "checks": checks}
         answer_edit_with(fake, edit)
         assert main(EDIT) == 0
-        line = "description: 0.250 nats per token from that of the base model, 0.000 before"
-        assert (line in capsys.readouterr().out) == shown
+        assert (line in capsys.readouterr().out) == bool(checks)
 
 
 def test_edit_says_how_well_a_gate_tells_its_subject_apart(fake: FakeService, capsys: Captured) -> None:
