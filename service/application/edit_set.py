@@ -1,9 +1,10 @@
 """Edit sets: edits exported from one ledger as one safetensors file, to be imported into another.
 
 Each tensor is named by the id of an edit and holds the bytes of the safetensors file that `GET /edits/{id}/delta`
-returns. The metadata describes the edits in JSON: request, provenance and origin. Its digest covers a digest of every
-tensor and detects a damaged or modified file. It does not authenticate the author: anyone with the scope to edit may
-import.
+returns. A further tensor, named by its digest, holds each gate space of gated edits as the ledger stores it, once. The
+metadata describes the edits in JSON: request, provenance and origin. Its digest covers a digest of every tensor and
+detects a damaged or modified file; a gate space is covered by the edits, whose tensors name its digest. It does not
+authenticate the author: anyone with the scope to edit may import.
 
 Free of torch. Everything in a file is checked against the model before it is used.
 """
@@ -11,6 +12,7 @@ Free of torch. Everything in a file is checked against the model before it is us
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -24,12 +26,15 @@ from service.kit.large_json import parse_json
 from service.kit.safetensors_io import ReadableFile, SafetensorsFile, TensorInfo
 from service.kit.separator import Separator
 from service.ledger.ledger import Entry, canonical_json, iso_utc
+from service.methods.gate_sizes import MAX_BLOCKED, MAX_KEYS, SKETCH_SIZE
 from service.methods.registry import METHODS, SOLVE_RULES
 from service.schemas import MAX_HPARAMS, EditRequest, MethodName, Objective, Probes
 
 FORMAT = "palimpsest-edits-2"
 MAX_EDITS = 1000  #: edits in one file
+MAX_TENSORS = 2 * MAX_EDITS  #: in one file: those of its edits, and at most one gate space of each
 MAX_HEADER = 16_000_000  #: bytes of the header of a file, which describes its edits
+MAX_SKETCH_SIZE = 4 * SKETCH_SIZE  #: dimensions of a gate space
 #: fields of a ledger entry's body that an export takes; the others come from the request or the importing service
 PROVENANCE_FIELDS = (
     "method", "objective", "hparams", "strength", "resolved_true", "resolved_separator", "subject_token",
@@ -38,6 +43,9 @@ PROVENANCE_FIELDS = (
 _FILE_LABEL = "the file"
 _CHUNK = 1_000_000  # bytes of a file that are read at once
 MAX_MAGNITUDE = 1e30  # of a number in a tensor; products of larger ones leave the range of fp32
+NORM_TOLERANCE = 1e-3  # of a key of a gate, whose norm is 1 before it is rounded to fp32
+_GATE_PARTS = ("keys", "blocked", "threshold", "space")  # the tensors of a gate
+_GATE_SPACE = re.compile(r"gate_space\.([0-9a-f]{64})")  # the name of a gate space in a file
 #: short texts by name, such as versions of libraries
 Labels = Annotated[dict[str, Annotated[str, Field(max_length=200)]], Field(max_length=128)]
 
@@ -104,11 +112,16 @@ class ImportedEdit:
     """An edit of a file that passed all checks."""
 
     edit: ExportedEdit
+    gate_spaces: frozenset[str]  #: the digests of the spaces of its gates
     _file: SafetensorsFile
 
     def read_factors(self) -> bytes:
         """Return the tensors of the edit, as a file."""
         return self._file.read(self.edit.origin.edit)
+
+    def read_gate_space(self, digest: str) -> bytes:
+        """Return one of the spaces of its gates, as a file."""
+        return self._file.read(gate_space_name(digest))
 
     @property
     def request(self) -> EditRequest:
@@ -185,15 +198,27 @@ def build_edit_set(
 
 
 def edit_set_header(edit_set: EditSet, sizes: Mapping[str, int]) -> bytes:
-    """Return the header of a set's file. The tensors follow in the order of its edits; `sizes` are their bytes."""
+    """Return the header of a set's file. The tensors follow in the order of `sizes`, which are their bytes: those of the
+    edits by id, then the gate spaces by `gate_space_name`."""
     text = canonical_json(edit_set.model_dump(mode="json"))
     metadata = {
         "format": FORMAT,
         "set": text.decode(),
         "sha256": hashlib.sha256(text).hexdigest(),
     }
-    tensor_infos = [TensorInfo(e.origin.edit, "U8", (sizes[e.origin.edit],)) for e in edit_set.edits]
+    tensor_infos = [TensorInfo(name, "U8", (size,)) for name, size in sizes.items()]
     return safetensors_io.build_header(tensor_infos, metadata)
+
+
+def gate_space_name(digest: str) -> str:
+    """Return the name of the tensor that holds a gate space."""
+    return f"gate_space.{digest}"
+
+
+def gate_space_digests(factors: bytes) -> set[str]:
+    """Return the digests of the gate spaces that the stored tensors of an edit name."""
+    file = safetensors_io.read_safetensors(factors, "the stored factors")
+    return {file.read(name).hex() for name in file.tensor_infos if name.endswith(".gate.space")}
 
 
 # reading
@@ -206,15 +231,21 @@ def read_edit_set(
 
     The tensors of one edit are in memory at a time, at most `max_edit_size` bytes.
     """
-    file = safetensors_io.read_safetensors(source, _FILE_LABEL, MAX_HEADER, MAX_EDITS)
+    file = safetensors_io.read_safetensors(source, _FILE_LABEL, MAX_HEADER, MAX_TENSORS)
     edit_set = _parse_edit_set(file)
     _check_model(edit_set, fingerprint, info)
     names = [e.origin.edit for e in edit_set.edits]
-    if len(set(names)) < len(names) or set(names) != set(file.tensor_infos):
+    digests = [match[1] for name in file.tensor_infos if (match := _GATE_SPACE.fullmatch(name))]
+    if len(set(names)) < len(names) or {*names, *map(gate_space_name, digests)} != set(file.tensor_infos):
         raise InvalidInput("the file is damaged: its edits and its tensors do not match.")
-    for edit in edit_set.edits:
-        _check_edit(file, edit, info, max_edit_size)
-    return sorted((ImportedEdit(e, file) for e in edit_set.edits), key=lambda g: g.edit.origin.edit)
+    spaces = {digest: _read_gate_space_shape(file, digest, info, max_edit_size) for digest in digests}
+    imported = [
+        ImportedEdit(edit, _check_edit(file, edit, info, max_edit_size, spaces), file)
+        for edit in edit_set.edits
+    ]
+    if unnamed := set(spaces).difference(*(g.gate_spaces for g in imported)):
+        raise InvalidInput(f"the file is invalid: no gate names the gate space {min(unnamed)}.")
+    return sorted(imported, key=lambda g: g.edit.origin.edit)
 
 
 def _parse_edit_set(file: SafetensorsFile) -> EditSet:
@@ -277,58 +308,184 @@ def _check_model(edit_set: EditSet, fingerprint: str, info: Mapping[str, Any]) -
         )
 
 
-def _check_edit(
-    file: SafetensorsFile, edit: ExportedEdit, info: Mapping[str, Any], max_edit_size: int
-) -> None:
-    name = edit.origin.edit
+@dataclass(frozen=True)
+class _GateSpaceShape:
+    """A gate space of a file that passed all checks, without its numbers."""
+
+    layer: int
+    size: int  #: r, the number of its dimensions
+
+
+def _read_gate_space_shape(
+    file: SafetensorsFile, digest: str, info: Mapping[str, Any], max_size: int
+) -> _GateSpaceShape:
+    """Return the shape of a gate space. Raise InvalidInput unless it is valid, and its content has the digest."""
+    name = gate_space_name(digest)
+    _check_size(file, name, max_size)
+    try:
+        shape, content_digest = _check_gate_space(
+            safetensors_io.read_safetensors(file.open(name), "it"), info
+        )
+    except InvalidInput as error:
+        raise InvalidInput(f"the gate space {digest} is invalid: {error.detail}") from None
+    if content_digest != digest:
+        raise _damaged_error(f"the gate space {digest}")
+    return shape
+
+
+def _check_gate_space(file: SafetensorsFile, info: Mapping[str, Any]) -> tuple[_GateSpaceShape, str]:
+    """Return the shape and the digest of a gate space, as `service/weights/gate_space.py` defines it. Raise
+    InvalidInput unless it is the sketch of a layer of the model, with finite numbers."""
+    layer_of_name = {f"layer.{x}.sketch": x for x in range(info["layers"])}
+    name = next(iter(file.tensor_infos), "")
+    if len(file.tensor_infos) != 1 or name not in layer_of_name:
+        raise InvalidInput("it must be the sketch of one layer of the model.")
+    rows, inner_width = (*file.tensor_infos[name].shape, 0)[0], _weight_shapes(info)["mlp"][1]
+    _check_tensor(file.tensor_infos[name], "F32", (_clamp(rows, 1, MAX_SKETCH_SIZE), inner_width))
+    sketch = file.to_numpy(name)
+    _check_numbers(name, sketch)
+    digest = hashlib.sha256(f"{layer_of_name[name]}:{sketch.shape}".encode())
+    digest.update(sketch.data)
+    return _GateSpaceShape(layer_of_name[name], rows), digest.hexdigest()
+
+
+def _check_size(file: SafetensorsFile, name: str, max_size: int) -> None:
     size = file.tensor_infos[name].nbytes
-    if size > max_edit_size:
+    if size > max_size:
         raise InvalidInput(
-            f"the tensors of {name} have {size} bytes, and one edit at most {max_edit_size}, a third of the maximum size of a "
+            f"the tensors of {name} have {size} bytes, and one edit at most {max_size}, a third of the maximum size of a "
             "file: raise PALIMPSEST_MAX_IMPORT_BODY."
         )
+
+
+def _check_edit(
+    file: SafetensorsFile,
+    edit: ExportedEdit,
+    info: Mapping[str, Any],
+    max_edit_size: int,
+    spaces: Mapping[str, _GateSpaceShape],
+) -> frozenset[str]:
+    """Return the digests of the gate spaces of an edit. Raise InvalidInput unless its tensors are valid."""
+    name = edit.origin.edit
+    _check_size(file, name, max_edit_size)
     factors, digest = file.open(name), hashlib.sha256()
     while chunk := factors.read(_CHUNK):
         digest.update(chunk)
     if digest.hexdigest() != edit.factors_sha256:
         raise _damaged_error(f"the tensor {name}")
     try:
-        _check_factors(safetensors_io.read_safetensors(factors, "it"), edit.provenance, info)
+        return _check_factors(safetensors_io.read_safetensors(factors, "it"), edit.provenance, info, spaces)
     except InvalidInput as error:
         raise InvalidInput(f"the tensors of {name} are invalid: {error.detail}") from None
 
 
-def _check_factors(file: SafetensorsFile, provenance: EditProvenance, info: Mapping[str, Any]) -> None:
-    """Raise InvalidInput unless the tensors are those of the method at its layers, with the model's shapes, and
-    finite.
+def _check_factors(
+    file: SafetensorsFile,
+    provenance: EditProvenance,
+    info: Mapping[str, Any],
+    spaces: Mapping[str, _GateSpaceShape],
+) -> frozenset[str]:
+    """Return the digests of the gate spaces of an edit. Raise InvalidInput unless the tensors are those of the method
+    at its layers, with the model's shapes, and finite, and its gates are valid.
     """
-    layers = provenance.hparams.get("layers")
+    layers = _layers_of(provenance, info)
     method = METHODS[provenance.method]
-    if not isinstance(layers, list) or not all(type(x) is int and 0 <= x < info["layers"] for x in layers):
-        raise InvalidInput("hparams.layers must name layers of the model.")
-    shapes: Mapping[str, Sequence[int]] = info.get("weights") or {"mlp": (info["width"], info["inner_width"])}
-    if method.needs_covariance:
-        expected_shapes = {n: s for x in layers for n, s in _association_shapes(str(x), shapes).items()}
-    else:
-        parts = [part for part in shapes if (part != "mlp") == (method.trained_part == "attention")]
-        expected_shapes = {f"weight.{x}.{part}": tuple(shapes[part]) for x in layers for part in parts}
+    is_gated = provenance.hparams.get("form") == "gated" and method.needs_covariance
+    gated_layers = sorted(set(layers)) if is_gated else []
+    expected_shapes = _factor_shapes(provenance, layers, _weight_shapes(info))
+    gate_names = {f"layer.{x}.gate.{part}" for x in gated_layers for part in _GATE_PARTS}
     mode_names = (
         {n for n in file.tensor_infos if _is_solve_mode(n, layers)} if method.needs_covariance else set()
     )
-    if set(file.tensor_infos) - mode_names != set(expected_shapes) or len(mode_names) > len(layers):
+    expected_names = {*expected_shapes, *gate_names}
+    if set(file.tensor_infos) - mode_names != expected_names or len(mode_names) > len(layers):
         raise InvalidInput(f"their names are not those of {provenance.method} at the layers {layers}.")
-    for name, tensor_info in file.tensor_infos.items():
+    for name in file.tensor_infos:
+        if name in gate_names:
+            continue
         dtype, shape = ("F64", (1,)) if name in mode_names else ("F32", expected_shapes[name])
-        if (tensor_info.dtype, tensor_info.shape) != (dtype, shape):
-            raise InvalidInput(
-                f"{name} is {tensor_info.dtype} {list(tensor_info.shape)} and must be {dtype} {list(shape)}."
-            )
-        numbers = file.to_numpy(name)
-        low, high = numbers.min(initial=0), numbers.max(initial=0)  # NaN if one number is
-        if not np.isfinite((low, high)).all() or (name in mode_names and low < 0):
-            raise InvalidInput(f"{name} has values that are not finite, or negative where they must not be.")
-        if max(-low, high) > MAX_MAGNITUDE:
-            raise InvalidInput(f"{name} has values above {MAX_MAGNITUDE:g}.")
+        _check_tensor(file.tensor_infos[name], dtype, shape)
+        _check_numbers(name, file.to_numpy(name), may_be_negative=name not in mode_names)
+    return frozenset(_check_gate(file, x, spaces) for x in gated_layers)
+
+
+def _layers_of(provenance: EditProvenance, info: Mapping[str, Any]) -> list[int]:
+    layers: Any = provenance.hparams.get("layers")
+    if not isinstance(layers, list) or not all(type(x) is int and 0 <= x < info["layers"] for x in layers):
+        raise InvalidInput("hparams.layers must name layers of the model.")
+    return layers
+
+
+def _weight_shapes(info: Mapping[str, Any]) -> Mapping[str, Sequence[int]]:
+    """Return the editable weights of a layer with their shapes (out, in)."""
+    return info.get("weights") or {"mlp": (info["width"], info["inner_width"])}
+
+
+def _factor_shapes(
+    provenance: EditProvenance, layers: Sequence[int], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of an edit with their shapes, without solve modes and gates."""
+    method = METHODS[provenance.method]
+    if method.needs_covariance:
+        return {n: s for x in layers for n, s in _association_shapes(str(x), shapes).items()}
+    parts = [part for part in shapes if (part != "mlp") == (method.trained_part == "attention")]
+    return {f"weight.{x}.{part}": tuple(shapes[part]) for x in layers for part in parts}
+
+
+def _check_tensor(tensor_info: TensorInfo, dtype: str, shape: tuple[int, ...]) -> None:
+    if (tensor_info.dtype, tensor_info.shape) != (dtype, shape):
+        raise InvalidInput(
+            f"{tensor_info.name} is {tensor_info.dtype} {list(tensor_info.shape)} and must be {dtype} {list(shape)}."
+        )
+
+
+def _check_numbers(name: str, numbers: np.ndarray[Any, Any], may_be_negative: bool = True) -> None:
+    low, high = numbers.min(initial=0), numbers.max(initial=0)  # NaN if one number is
+    if not np.isfinite((low, high)).all() or (low < 0 and not may_be_negative):
+        raise InvalidInput(f"{name} has values that are not finite, or negative where they must not be.")
+    if max(-low, high) > MAX_MAGNITUDE:
+        raise InvalidInput(f"{name} has values above {MAX_MAGNITUDE:g}.")
+
+
+def _check_gate(file: SafetensorsFile, layer: int, spaces: Mapping[str, _GateSpaceShape]) -> str:
+    """Return the digest of the space of a gate. Raise InvalidInput unless the space is in the file and of this layer,
+    and the tensors of the gate are valid in it."""
+    infos = {part: file.tensor_infos[f"layer.{layer}.gate.{part}"] for part in _GATE_PARTS}
+    _check_tensor(infos["space"], "U8", (32,))
+    digest = file.read(infos["space"].name).hex()
+    if (space := spaces.get(digest)) is None:
+        raise InvalidInput(f"{infos['space'].name} names the gate space {digest}, which the file lacks.")
+    if space.layer != layer:
+        raise InvalidInput(f"{infos['space'].name} names the gate space of layer {space.layer}.")
+    for part, least, most in (("keys", 1, MAX_KEYS), ("blocked", 0, MAX_BLOCKED)):
+        rows = (*infos[part].shape, 0)[0]
+        _check_tensor(infos[part], "F32", (_clamp(rows, least, most), space.size))
+        _check_unit_rows(infos[part].name, file.to_numpy(infos[part].name))
+    _check_tensor(infos["threshold"], "F32", (1,))
+    if not -1 < file.to_numpy(infos["threshold"].name)[0] < 1:  # NaN is not
+        raise InvalidInput(f"{infos['threshold'].name} must be between -1 and 1.")
+    _check_response(file, layer)
+    return digest
+
+
+def _clamp(number: int, least: int, most: int) -> int:
+    return max(least, min(number, most))
+
+
+def _check_unit_rows(name: str, rows: np.ndarray[Any, Any]) -> None:
+    _check_numbers(name, rows)
+    norms = np.linalg.norm(rows.astype(np.float64), axis=1)
+    if (np.abs(norms - 1) > NORM_TOLERANCE).any():
+        raise InvalidInput(f"{name} has keys whose norm is not 1.")
+
+
+def _check_response(file: SafetensorsFile, layer: int) -> None:
+    """Raise InvalidInput if the direction of a gated association, divided by its product with the key, is too large for
+    fp32: its change would not be a number where the gate opens."""
+    key, direction = (file.to_numpy(f"layer.{layer}.{n}").astype(np.float64) for n in ("key", "direction"))
+    own = abs(float(key @ direction))
+    if own and np.abs(direction).max() > own * MAX_MAGNITUDE:
+        raise InvalidInput(f"layer.{layer}.direction is nearly orthogonal to the key.")
 
 
 def _association_shapes(layer: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:

@@ -26,6 +26,7 @@ from service.methods.registry import METHODS
 from service.schemas import ExportRequest, Version
 
 EDIT_SET_MEDIA_TYPE = "application/octet-stream"
+_EDITS_PER_READ = 64  # edits whose factors are in memory together
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,19 @@ class ExportFile:
     media_type: str
     size: int  #: bytes
     chunks: Iterator[bytes]
+
+
+@dataclass(frozen=True)
+class _EditSetContent:
+    """The header of an edit set, and the sizes in bytes of what follows it, in the order of the file."""
+
+    header: bytes
+    factor_sizes: dict[str, int]  #: by edit id
+    space_sizes: dict[str, int]  #: of the gate spaces, by digest
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(self.factor_sizes.values()) + sum(self.space_sizes.values())
 
 
 class ExportService(JobResourceService):
@@ -108,8 +122,8 @@ class ExportService(JobResourceService):
             model = get_served_model(session)
             number, active_entries = _active_entries_at(session, model, version)
             _check_exportable(number, active_entries, "edits")
-            header, sizes = _edit_set_header(session, model, number, active_entries)
-        return number, len(header) + sum(sizes.values()), self._stream_edit_set(header, list(sizes))
+            content = _edit_set_content(session, model, number, active_entries)
+        return number, content.size, self._stream_edit_set(content)
 
     def _new_row(
         self,
@@ -124,7 +138,7 @@ class ExportService(JobResourceService):
         row = new_job_row(self.kind.name, model, stored_request, actor)
         row["subject"] = f"{request.format} of version {version}"
         if request.format == "edits":
-            header, sizes = _edit_set_header(session, model, version, active_entries)
+            content = _edit_set_content(session, model, version, active_entries)
             row |= {
                 "status": "done",
                 "started": row["created"],
@@ -132,7 +146,7 @@ class ExportService(JobResourceService):
                 "result": {
                     "file": f"version-{version}.edits.safetensors",
                     "media_type": EDIT_SET_MEDIA_TYPE,
-                    "bytes": len(header) + sum(sizes.values()),
+                    "bytes": content.size,
                 },
             }
         return row
@@ -145,11 +159,14 @@ class ExportService(JobResourceService):
                 raise Conflict(f"The file of {export_id} is no longer kept: create the export again.")
             yield chunk
 
-    def _stream_edit_set(self, header: bytes, edit_ids: Sequence[str]) -> Iterator[bytes]:
-        yield header
-        for edit_id in edit_ids:
+    def _stream_edit_set(self, content: _EditSetContent) -> Iterator[bytes]:
+        yield content.header
+        for edit_id in content.factor_sizes:
             with self.queue.database.read_session() as session:
                 yield ledger.factors_of(session, [edit_id])[edit_id]
+        for digest in content.space_sizes:
+            with self.queue.database.read_session() as session:
+                yield ledger.gate_space(session, digest)
 
 
 def _reusable_job(session: Session, model: Model, subject: str) -> Job | None:
@@ -166,10 +183,10 @@ def _has_file(session: Session, job: Job) -> bool:
     return artifacts.has_artifact(session, job.id, artifacts.chunk_name(0))
 
 
-def _edit_set_header(
+def _edit_set_content(
     session: Session, model: Model, version: int, active_entries: Sequence[ledger.Entry]
-) -> tuple[bytes, dict[str, int]]:
-    """Return the header of an edit set, and the size of the factors of each edit in the order of the file."""
+) -> _EditSetContent:
+    """Return what the file of an edit set consists of."""
     ledger_entries = ledger.entries(session, model.fingerprint, up_to=version)
     ids = [e.edit_id for e in active_entries]
     requests = session.execute(select(Job.id, Job.request).where(Job.id.in_(ids)))
@@ -178,11 +195,27 @@ def _edit_set_header(
     size_by_edit = {
         row.edit_id: row.size for row in session.execute(lengths.where(StoredFactors.edit_id.in_(ids)))
     }
-    sizes = {edit_id: size_by_edit[edit_id] for edit_id in ids}
+    factor_sizes = {edit_id: size_by_edit[edit_id] for edit_id in ids}
+    space_sizes = _gate_space_sizes(session, _gated_edits(active_entries))
     base = {"name": model.name, "fingerprint": model.fingerprint}
     base |= {name: model.info[name] for name in ("architecture", "dtype") if name in model.info}
     exported = edit_set.build_edit_set(base, version, ledger_entries, active_entries, request_by_edit)
-    return edit_set.edit_set_header(exported, sizes), sizes
+    sizes = factor_sizes | {edit_set.gate_space_name(digest): n for digest, n in space_sizes.items()}
+    return _EditSetContent(edit_set.edit_set_header(exported, sizes), factor_sizes, space_sizes)
+
+
+def _gated_edits(active_entries: Sequence[ledger.Entry]) -> list[str]:
+    """Return the ids of the gated edits among the active ones."""
+    return [e.edit_id for e in active_entries if e.body.get("hparams", {}).get("form") == "gated"]
+
+
+def _gate_space_sizes(session: Session, gated_edits: Sequence[str]) -> dict[str, int]:
+    """Return the size of each gate space that these edits name, by digest and in its order."""
+    digests: set[str] = set()
+    for start in range(0, len(gated_edits), _EDITS_PER_READ):
+        factors = ledger.factors_of(session, gated_edits[start : start + _EDITS_PER_READ])
+        digests.update(*map(edit_set.gate_space_digests, factors.values()))
+    return {digest: ledger.gate_space_size(session, digest) for digest in sorted(digests)}
 
 
 def _active_entries_at(session: Session, model: Model, version: Version) -> tuple[int, list[ledger.Entry]]:
@@ -193,15 +226,15 @@ def _active_entries_at(session: Session, model: Model, version: Version) -> tupl
 
 
 def _check_exportable(version: int, active_entries: Sequence[ledger.Entry], format: str) -> None:
-    """Raise InvalidInput if the version has no active edits, or if an adapter cannot represent them."""
+    """Raise InvalidInput if the version has no active edits, or if the format cannot represent them."""
     if not active_entries:
         raise InvalidInput(f"no edit is active at version {version}: there is nothing to export.", "version")
-    gated = [e.edit_id for e in active_entries if e.body.get("hparams", {}).get("form") == "gated"]
-    if gated:
+    gated = _gated_edits(active_entries)
+    if gated and format != "edits":
         raise InvalidInput(
-            f"gated edits are looked up and are in no weight, so that they cannot be exported: {_some_ids(gated)}. Export a "
-            "version without them, or write these edits with the form weights.",
-            "version",
+            f"gated edits are looked up and are in no weight: {_some_ids(gated)}. Export an edit set (format=edits), which "
+            "holds them exactly, or a version without them.",
+            "format",
         )
     dense = [e.edit_id for e in active_entries if not METHODS[e.body.get("method", "rome")].needs_covariance]
     if format == "peft" and dense:

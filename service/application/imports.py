@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import select
@@ -66,8 +66,10 @@ class ImportService:
                     for g in imported
                 ]
                 self.queue.insert_jobs(session, list(jobs.values()), model, actor, limits, {})
-                for identity, g in {g.identity: g for g in imported if g.identity in jobs}.items():
+                new = {g.identity: g for g in imported if g.identity in jobs}
+                for identity, g in new.items():
                     _insert_artifacts(session, str(jobs[identity]["id"]), g)
+                _store_gate_spaces(session, new.values())
                 if idempotency is not None:
                     save_idempotency_key(session, actor, idempotency, ids)
                 rows = {job.id: job for job in session.scalars(select(Job).where(Job.id.in_(ids)))}
@@ -115,3 +117,12 @@ def _insert_artifacts(session: Session, job_id: str, imported: ImportedEdit) -> 
     """Store what the worker needs. The tensors of one edit are in memory at a time."""
     artifacts.insert_artifact(session, job_id, artifacts.IMPORTED_FACTORS, imported.read_factors())
     artifacts.insert_artifact(session, job_id, artifacts.IMPORTED_BODY, json.dumps(imported.body).encode())
+
+
+def _store_gate_spaces(session: Session, imported: Iterable[ImportedEdit]) -> None:
+    """Store the spaces of the gates of edits, each once, where the workers read them. One space is in memory at a time.
+    A space stays stored when its edits are rejected; it has no effect by itself."""
+    holders = {digest: g for g in imported for digest in g.gate_spaces}
+    for digest in sorted(holders):
+        if not ledger.has_gate_space(session, digest):
+            ledger.put_gate_space(session, digest, holders[digest].read_gate_space(digest))

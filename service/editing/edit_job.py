@@ -267,7 +267,7 @@ class _EditRun:
         resolved_edit = replace(
             resolved_edit, parameters=resolved_edit.parameters.model_copy(update=fixed_strength)
         )
-        updates = deserialize_updates(factors, job.id, job.subject)
+        updates = deserialize_updates(factors, job.id, job.subject, self.replica.find_gate_space)
         delta_norm = math.sqrt(sum(float(_update_tensor(p).double().norm()) ** 2 for p in updates))
         token = SubjectToken(**body["subject_token"]) if body.get("subject_token") else None
         candidate = CandidateEdit(resolved_edit, EditFactors(updates, [], delta_norm, 0.0, token))

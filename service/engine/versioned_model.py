@@ -141,7 +141,7 @@ class VersionedModel:
             batch = missing[start : start + FACTORS_PER_STEP]
             factors = self.ledger.factors_of(batch)
             for edit in batch:
-                updates[edit] = deserialize_updates(factors[edit], edit, subjects[edit], self._gate_space)
+                updates[edit] = deserialize_updates(factors[edit], edit, subjects[edit], self.find_gate_space)
                 self._cache_updates(edit, updates[edit])
             yield Progress(Phase.COMPOSE, start + len(batch), len(missing))
         return {edit: updates[edit] for edit in subjects}
@@ -183,7 +183,7 @@ class VersionedModel:
             for (layer, _), group in sorted(groups.items())
         ]
 
-    def _gate_space(self, digest: str) -> GateSpace:
+    def find_gate_space(self, digest: str) -> GateSpace:
         """Return the space of gates from the ledger, read once. Its digest is that of its content."""
         if digest not in self._spaces:
             space = deserialize_gate_space(self.ledger.gate_space(digest))

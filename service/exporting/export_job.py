@@ -172,7 +172,8 @@ def write_model(replica: VersionedModel, version: int, folder: Path) -> ExportMa
     patch = replica.patch(version)
     if any(isinstance(p, GatedPatch) for p in patch.patches):
         raise InvalidInput(
-            "gated edits are looked up and are in no weight, so that they cannot be exported: name a version without them.",
+            "gated edits are looked up and are in no weight: export an edit set (--format edits), which holds them exactly, "
+            "or a version without them.",
             "version",
         )
     with replica.use_patch(patch):

@@ -17,6 +17,7 @@ from service.covariance.collect import batch_by_length, unpadded_keys
 from service.covariance.second_moment import KeyStatistics
 from service.kit.steps import Phase, Progress, Stepper
 from service.kit.text import mentions, normalize_whitespace
+from service.methods.gate_sizes import MAX_BLOCKED, MAX_KEYS
 from service.models.hooks import capture, stop_after
 from service.models.loading import LoadedModel
 from service.models.token_batch import forward, pad
@@ -25,8 +26,6 @@ from service.weights.gate_space import GateSpace, build_gate_space
 
 REFERENCE_TEXTS = 100  # of the corpus
 TEXT_TOKENS = 64  # of each
-MAX_KEYS = 8  # of one gate
-MAX_BLOCKED = 16  # of one gate
 BLOCK_MARGIN = 0.1  # keys whose cosine is this much below the threshold, or less, are blocked, too
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, func, insert, select
 from sqlalchemy.orm import Session
 
 from service.db.models import (
@@ -281,10 +281,25 @@ def gate_space(session: Session, digest: str) -> bytes:
     return data
 
 
+def gate_space_size(session: Session, digest: str) -> int:
+    """Return the number of bytes of a serialized gate space. Raise NotFound if there is none."""
+    size: int | None = session.scalar(
+        select(func.length(StoredGateSpace.data)).where(StoredGateSpace.digest == digest)
+    )
+    if size is None:
+        raise NotFound(f"the gate space {digest} is not in the database.")
+    return size
+
+
 def put_gate_space(session: Session, digest: str, data: bytes) -> None:
-    """Store a gate space unless it is stored."""
-    if session.get(StoredGateSpace, digest) is None:
-        session.add(StoredGateSpace(digest=digest, data=data))
+    """Store a gate space unless it is stored. The session does not keep its bytes."""
+    if not has_gate_space(session, digest):
+        session.execute(insert(StoredGateSpace), {"digest": digest, "data": data})
+
+
+def has_gate_space(session: Session, digest: str) -> bool:
+    """Return whether a gate space is stored, without reading it."""
+    return session.scalar(select(StoredGateSpace.digest).where(StoredGateSpace.digest == digest)) is not None
 
 
 def bodies_of(session: Session, model: str, edits: Sequence[str]) -> dict[str, dict[str, Any]]:

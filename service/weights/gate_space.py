@@ -23,8 +23,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from service.covariance.second_moment import KeyStatistics
+from service.methods.gate_sizes import SKETCH_SIZE
 
-SKETCH_SIZE = 256  # r
 SEED = 0
 
 

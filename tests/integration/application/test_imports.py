@@ -10,16 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load, save
 
 from service.application.edit_set import FORMAT, read_edit_set
-from service.db.models import Job, JobArtifact
+from service.db.models import Job, JobArtifact, StoredGateSpace
 from service.editing import edit_job
 from service.errors import InvalidInput
 from service.kit.safetensors_io import read_safetensors
 from service.kit.steps import Stepper
 from service.models.loading import LoadedModel
 from service.schemas import ExportRequest
+from service.weights.gate_space import GateSpace
 from tests.support import wirings
 from tests.support.stepped_service import Resource, SteppedService
 from tests.support.tiny_models import tiny
@@ -203,11 +205,76 @@ def test_idempotency_key_covers_one_import(source: SteppedService, destination: 
         destination.services.imports.submit(source.export_edit_set(1), "key:bob", ("k", "b"))
 
 
+# gated edits
+
+GATED: Resource = {"hparams": {"form": "gated", "layers": [1]}}
+SPACE = "gate_space."  # the beginning of the name of a gate space in a file
+
+
+@pytest.fixture
+def gated_source(build: BuildPlace) -> SteppedService:
+    """A service with two gated edits in one space, and one in the weights."""
+    place = build()
+    place.edit("Eiffel Tower", "is", **GATED)
+    place.edit("Louvre", "in", **GATED)
+    place.edit("Big Ben", "is")
+    return place
+
+
+def gate_spaces_of(place: SteppedService) -> dict[str, bytes]:
+    with place.container.database.read_session() as session:
+        return {space.digest: bytes(space.data) for space in session.query(StoredGateSpace)}
+
+
+def test_gated_edits_are_imported_as_the_same_bytes(
+    gated_source: SteppedService, destination: SteppedService
+) -> None:
+    """The file holds the gate space once, as the ledger does. After an import the destination has the digest and the
+    state of the source, the stored space, and the same edit set."""
+    data = gated_source.export_edit_set()
+    file, stored = read_safetensors(data, "it"), gate_spaces_of(gated_source)
+    assert len(stored) == 1
+    assert {n.removeprefix(SPACE): file.read(n) for n in file.tensor_infos if SPACE in n} == stored
+    created, _ = destination.services.imports.submit(data, "key:bob")
+    destination.run_queued_edits()
+    assert [destination.services.edits.get(e["id"])["status"] for e in created] == ["applied"] * 3
+    assert destination.replica.digest(3) == gated_source.replica.digest(3)
+    assert destination.replica.patch(3).patches[-1].nbytes > 0
+    assert destination.state() == gated_source.state() and gate_spaces_of(destination) == stored
+    again = read_safetensors(destination.export_edit_set(), "it")
+    assert [again.read(n) for n in again.tensor_infos] == [file.read(n) for n in file.tensor_infos]
+    assert destination.services.ledger.verify()["ok"]
+
+
+def test_import_of_gated_edits_is_idempotent(
+    gated_source: SteppedService, destination: SteppedService
+) -> None:
+    """A repeated import creates no edits and stores no second space, nor does an import into the source."""
+    data = gated_source.export_edit_set()
+    first, _ = destination.services.imports.submit(data, "key:bob")
+    destination.run_queued_edits(as_group=True)
+    for place in (destination, gated_source):
+        assert len(place.services.imports.submit(data, "key:bob")[1]) == len(first) == 3
+        assert len(gate_spaces_of(place)) == 1
+    for e in first:
+        destination.services.edits.revert(e["id"], "key:bob")
+    assert destination.replica.digest(6) == destination.replica.digest(0)
+
+
+def test_an_edit_set_without_gated_edits_has_no_space(gated_source: SteppedService) -> None:
+    """The spaces of edits that are not active at a version are not in its file."""
+    for edit in gated_source.services.edits.page()["items"]:
+        if edit["subject"] != "Big Ben":
+            gated_source.services.edits.revert(edit["id"], "key:alice")
+    file = read_safetensors(gated_source.export_edit_set(), "it")
+    assert len(file.tensor_infos) == 1 and SPACE not in next(iter(file.tensor_infos))
+
+
 # rejected files
 
 
 def forge_file(data: bytes, edit_set: Resource, vectors: dict[str, bytes] | None = None) -> bytes:
-    """Return a file with a valid digest of the given edit set."""
+    """Return a file with a valid digest of the given edit set, and with all gate spaces."""
     encoded_set = json.dumps(edit_set)
     metadata = {
         "format": FORMAT,
@@ -218,6 +285,7 @@ def forge_file(data: bytes, edit_set: Resource, vectors: dict[str, bytes] | None
     blobs = {name: np.frombuffer(file.read(name), np.uint8) for name in file.tensor_infos}
     blobs |= {name: np.frombuffer(blob, np.uint8) for name, blob in (vectors or {}).items()}
     names = [e["origin"]["edit"] for e in edit_set["edits"]]
+    names += [name for name in blobs if name.startswith(SPACE)]
     return save({name: blobs[name.removeprefix("../")] for name in names}, metadata)
 
 
@@ -355,6 +423,16 @@ def valid_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.fixture(scope="module")
+def gated_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Return the file of one gated edit."""
+    place = SteppedService(tmp_path_factory.mktemp("gated"), tiny())
+    place.edit("Eiffel Tower", "is", **GATED)
+    data = place.export_edit_set()
+    place.container.close()
+    return data
+
+
+@pytest.fixture(scope="module")
 def empty_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SteppedService]:
     """A service without edits."""
     place = SteppedService(tmp_path_factory.mktemp("lone"), tiny())
@@ -371,6 +449,181 @@ def test_rejected_file_writes_nothing(name: str, valid_file: bytes, empty_servic
     with pytest.raises(InvalidInput, match=said):
         empty_service.services.imports.submit(spoiled, "key:bob")
     assert empty_service.count(Job) == empty_service.count(JobArtifact) == 0
+
+
+Tensors = dict[str, Any]
+
+
+def with_changed_gate(name: str, value: Any) -> Callable[[bytes], bytes]:
+    """Return a function that replaces a tensor of the gate of the only edit of a file; None removes it."""
+
+    def change(tensors: Tensors) -> None:
+        tensors.pop(f"layer.1.gate.{name}")
+        if value is not None:
+            tensors[f"layer.1.gate.{name}"] = value
+
+    return lambda data: with_changed_vectors(data, change)
+
+
+def with_changed_space(change: Callable[[Tensors], Any]) -> Callable[[bytes], bytes]:
+    """Return a function that changes the gate space of a file, and names its new digest in the file and in the gate."""
+
+    def changed(data: bytes) -> bytes:
+        file = read_safetensors(data, "it")
+        (name,) = (n for n in file.tensor_infos if n.startswith(SPACE))
+        tensors = dict(load(file.read(name)))
+        change(tensors)
+        layer, sketch = next((int(n.split(".")[1]), torch.from_numpy(t)) for n, t in tensors.items())
+        digest = GateSpace(layer, sketch).digest
+        gate = with_changed_gate("space", np.frombuffer(bytes.fromhex(digest), np.uint8))(data)
+        return with_spaces(gate, {SPACE + digest: save(tensors)})
+
+    return changed
+
+
+def with_spaces(data: bytes, spaces: dict[str, bytes]) -> bytes:
+    """Return a file with other gate spaces."""
+    file = read_safetensors(data, "it")
+    blobs = {name: file.read(name) for name in file.tensor_infos if not name.startswith(SPACE)} | spaces
+    return save({name: np.frombuffer(blob, np.uint8) for name, blob in blobs.items()}, file.metadata)
+
+
+def with_another_space(name: str) -> Callable[[bytes], bytes]:
+    """Return a function that adds a gate space that no gate names."""
+
+    def changed(data: bytes) -> bytes:
+        file = read_safetensors(data, "it")
+        space = GateSpace(1, torch.ones(2, 40))
+        spaces = {n: file.read(n) for n in file.tensor_infos if n.startswith(SPACE)}
+        return with_spaces(data, spaces | {name.format(space.digest): space.serialize()})
+
+    return changed
+
+
+def with_sketch(
+    shape: tuple[int, ...], value: float = 1.0, dtype: Any = np.float32
+) -> Callable[[bytes], bytes]:
+    return with_changed_space(lambda s: s.update({"layer.1.sketch": np.full(shape, value, dtype)}))
+
+
+def with_sketch_of_layer(layer: int) -> Callable[[bytes], bytes]:
+    return with_changed_space(lambda s: s.update({f"layer.{layer}.sketch": s.pop("layer.1.sketch")}))
+
+
+def with_form(form: str) -> Callable[[bytes], bytes]:
+    return lambda d: with_changed_set(d, lambda t: first_edit(t)["provenance"]["hparams"].update(form=form))
+
+
+def unit_keys(count: int, size: int = 256) -> Any:
+    return np.eye(count, size, dtype=np.float32)
+
+
+def orthogonal_direction(tensors: Tensors) -> None:
+    key, direction = np.zeros((2, 40), np.float32)
+    key[:2], direction[:2] = (1, 1e-35), (0, 1)
+    tensors.update({"layer.1.key": key, "layer.1.direction": direction})
+
+
+HOSTILE_GATED_FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "a space changed": (lambda d: d[:-1] + bytes([d[-1] ^ 1]), "digest of the gate space"),
+    "a space missing": (lambda d: with_spaces(d, {}), "which the file lacks"),
+    "a space more": (with_another_space(SPACE + "{}"), "no gate names"),
+    "a space with another digest": (with_another_space(SPACE + "0" * 64), "digest of the gate space"),
+    "a space without a digest": (with_another_space(SPACE + "x"), "do not match"),
+    "a space of another width": (with_sketch((256, 41)), r"must be F32 \[256, 40\]"),
+    "a space of very many rows": (with_sketch((1025, 40)), r"must be F32 \[1024, 40\]"),
+    "a space without rows": (with_sketch((0, 40)), r"must be F32 \[1, 40\]"),
+    "a space that is a number": (with_sketch(()), "must be F32"),
+    "a space of another type": (with_sketch((256, 40), dtype=np.float64), "must be F32"),
+    "a space that is not a number": (with_sketch((256, 40), np.nan), "not finite"),
+    "a space that is infinite": (with_sketch((256, 40), -np.inf), "not finite"),
+    "a space of very large numbers": (with_sketch((256, 40), 3e38), r"values above 1e\+30"),
+    "a space of another layer": (with_sketch_of_layer(0), "names the gate space of layer 0"),
+    "a space of a layer that is not there": (with_sketch_of_layer(7), "must be the sketch of one layer"),
+    "a space of two layers": (
+        with_changed_space(lambda s: s.update({"layer.0.sketch": s["layer.1.sketch"]})),
+        "must be the sketch of one layer",
+    ),
+    "a space that is not safetensors": (
+        lambda d: with_spaces(d, {SPACE + "0" * 64: b"x"}),
+        "not a valid safetensors file",
+    ),
+    "no keys": (with_changed_gate("keys", unit_keys(0)), r"must be F32 \[1, 256\]"),
+    "very many keys": (with_changed_gate("keys", unit_keys(9)), r"must be F32 \[8, 256\]"),
+    "keys of another space": (with_changed_gate("keys", unit_keys(2, 255)), r"must be F32 \[2, 256\]"),
+    "keys of another type": (with_changed_gate("keys", np.eye(2, 256)), "must be F32"),
+    "a key that is long": (with_changed_gate("keys", unit_keys(2) * np.float32(1.01)), "norm is not 1"),
+    "a key that is zero": (with_changed_gate("keys", unit_keys(2) * np.float32(0)), "norm is not 1"),
+    "a key that is not a number": (with_changed_gate("keys", unit_keys(1) * np.nan), "not finite"),
+    "very many blocked keys": (with_changed_gate("blocked", unit_keys(17)), r"must be F32 \[16, 256\]"),
+    "a blocked key that is long": (
+        with_changed_gate("blocked", unit_keys(2) * np.float32(2)),
+        "norm is not 1",
+    ),
+    "a blocked key that is infinite": (
+        with_changed_gate("blocked", np.full((1, 256), np.inf, np.float32)),
+        "not finite",
+    ),
+    "a threshold of 1": (with_changed_gate("threshold", np.ones(1, np.float32)), "between -1 and 1"),
+    "a threshold of -1": (with_changed_gate("threshold", -np.ones(1, np.float32)), "between -1 and 1"),
+    "a threshold that is not a number": (
+        with_changed_gate("threshold", np.full(1, np.nan, np.float32)),
+        "between -1 and 1",
+    ),
+    "two thresholds": (with_changed_gate("threshold", np.zeros(2, np.float32)), "must be F32"),
+    "a short digest": (with_changed_gate("space", np.zeros(31, np.uint8)), r"must be U8 \[32\]"),
+    "a digest of another type": (with_changed_gate("space", np.zeros(32, np.float32)), "must be U8"),
+    "a part missing": (with_changed_gate("blocked", None), "not those of rome"),
+    "a gate of an edit in the weights": (with_form("weights"), "not those of rome"),
+    "a direction that is orthogonal to the key": (
+        lambda d: with_changed_vectors(d, orthogonal_direction),
+        "nearly orthogonal",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(HOSTILE_GATED_FILES))
+def test_rejected_gate_writes_nothing(name: str, gated_file: bytes, empty_service: SteppedService) -> None:
+    """An invalid gate or gate space is rejected with a message that states the error, and nothing is written."""
+    spoil, said = HOSTILE_GATED_FILES[name]
+    with pytest.raises(InvalidInput, match=said):
+        empty_service.services.imports.submit(spoil(gated_file), "key:bob")
+    assert empty_service.count(Job) == empty_service.count(StoredGateSpace) == 0
+
+
+def test_a_gated_edit_needs_a_gate(valid_file: bytes, empty_service: SteppedService) -> None:
+    """An edit of the form gated whose tensors have no gate is rejected."""
+    with pytest.raises(InvalidInput, match="not those of rome"):
+        empty_service.services.imports.submit(with_form("gated")(valid_file), "key:bob")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_changed_space(lambda s: None),
+        with_sketch((256, 40)),
+        with_changed_gate("keys", unit_keys(8)),
+        with_changed_gate("blocked", unit_keys(0)),
+        with_changed_gate("blocked", unit_keys(16)),
+        with_changed_gate("threshold", np.full(1, -0.5, np.float32)),
+    ],
+)
+def test_valid_forged_gate_is_accepted(
+    change: Callable[[bytes], bytes], gated_file: bytes, empty_service: SteppedService
+) -> None:
+    """A forged file whose gate is valid is accepted, with the digest that its space has."""
+    data = change(gated_file)
+    info = model_info(tiny(), empty_service.context)
+    (imported,) = read_edit_set(data, tiny().fingerprint, info, max_edit_size=1_000_000)
+    (digest,) = imported.gate_spaces
+    assert imported.read_gate_space(digest) == read_safetensors(data, "it").read(SPACE + digest)
+
+
+def test_size_of_a_gate_space_is_limited(gated_file: bytes, empty_service: SteppedService) -> None:
+    """A gate space that exceeds the limit of one edit is refused, with the setting to raise."""
+    info = model_info(tiny(), empty_service.context)
+    with pytest.raises(InvalidInput, match=r"gate_space.* at most 40000, .*PALIMPSEST_MAX_IMPORT_BODY"):
+        read_edit_set(gated_file, tiny().fingerprint, info, max_edit_size=40_000)
 
 
 def test_revert_to_a_singular_system_builds(

@@ -27,6 +27,7 @@ from service.editing.guard import Check, CheckName, GuardResult
 from service.editing.probes import Probe, edit_holds, neighbor_preserved, probe_of_entry
 from service.engine.versioned_model import VersionedModel
 from service.errors import Cancelled, Conflict, DigestMismatch, InvalidInput, PalimpsestError, Unavailable
+from service.exporting.export_job import write_model
 from service.jobs.job_store import ClaimedJob
 from service.jobs.memory_broker import MemoryBroker
 from service.kit.steps import (
@@ -1338,9 +1339,15 @@ def test_an_edit_that_cannot_be_gated_is_refused(harness: EditingHarness, more: 
         harness.submit(**more)
 
 
-@pytest.mark.parametrize("file_format", ["peft", "safetensors", "edits"])
-def test_a_version_with_gated_edits_cannot_be_exported(harness: EditingHarness, file_format: Any) -> None:
-    """The error names the edits, and that another form can be exported."""
+def test_gated_edits_are_exported_as_an_edit_set_only(harness: EditingHarness, tmp_path: Path) -> None:
+    """Formats of weights are refused with an error that names the edits, and the format that holds them."""
     edit = harness.run_edit(**GATED)
-    with pytest.raises(InvalidInput, match=f"{edit['id']}.*form weights"):
-        harness.services.exports.submit(ExportRequest(version="head", format=file_format), "somebody")
+    for file_format in ("peft", "safetensors"):
+        request = ExportRequest.model_validate({"format": file_format})
+        with pytest.raises(InvalidInput, match=rf"{edit['id']}.*edit set \(format=edits\)"):
+            harness.services.exports.submit(request, "somebody")
+    with pytest.raises(InvalidInput, match=r"edit set \(--format edits\)"):
+        write_model(harness.replica, 1, tmp_path)
+    submitted = harness.services.exports.submit(ExportRequest(version="head", format="edits"), "somebody")
+    file = harness.services.exports.open_file(submitted["id"])
+    assert len(b"".join(file.chunks)) == file.size == submitted["result"]["bytes"]
