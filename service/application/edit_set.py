@@ -198,8 +198,8 @@ def build_edit_set(
 
 
 def edit_set_header(edit_set: EditSet, sizes: Mapping[str, int]) -> bytes:
-    """Return the header of a set's file. The tensors follow in the order of `sizes`, which are their bytes: those of the
-    edits by id, then the gate spaces by `gate_space_name`."""
+    """Return the header of a set's file. The tensors follow in the order of `sizes`, which are their bytes: those of
+    the edits by id, then the gate spaces by `gate_space_name`."""
     text = canonical_json(edit_set.model_dump(mode="json"))
     metadata = {
         "format": FORMAT,
