@@ -104,6 +104,7 @@ def most_different(keys: Tensor, count: int) -> Tensor:
 
 
 def fold(name: str) -> str:
+    """Return a name without regard to capitals and white space."""
     return normalize_whitespace(name).casefold()
 
 

@@ -1213,5 +1213,5 @@ def test_applied_patches_between_steps_stop_the_engine() -> None:
     harness.step(2)
     harness.replica.applied_patches = 1
     harness.generate(prompt=PROMPTS[0], max_new_tokens=4)
-    with pytest.raises(StepGuardError, match="'decode' left 0 hooks and 1 edited weights"):
+    with pytest.raises(StepGuardError, match="'decode' left 0 hooks and 1 patches"):
         harness.step()
