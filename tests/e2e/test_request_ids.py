@@ -151,11 +151,13 @@ def test_generation_and_edit_metrics(client: TestClient) -> None:
 
 def test_cancelling_what_waits_counts_as_an_end(client: TestClient) -> None:
     """The API counts jobs that end without a worker."""
-    first = client.post("/edits", json={**EDIT, "hparams": {**EDIT["hparams"], "steps": 200}}).json()  # type: ignore[dict-item]
+    long = {**EDIT["hparams"], "steps": 200, "stop_loss": 0}  # type: ignore[dict-item]
+    first = client.post("/edits", json={**EDIT, "hparams": long}).json()
     second = client.post("/edits", json=EDIT).json()
     before = REGISTRY.get_sample_value("palimpsest_jobs_ended_total", CANCELLED_EDIT) or 0
-    for job in (second, first):
+    for job in (first, second):
         client.delete(f"/edits/{job['id']}")
+    for job in (first, second):
         assert client.get(f"/edits/{job['id']}", headers=WAIT).json()["status"] == "cancelled"
     assert REGISTRY.get_sample_value("palimpsest_jobs_ended_total", CANCELLED_EDIT) == before + 2
 
