@@ -52,8 +52,8 @@ def print_edit_result(edit: JobJson) -> None:
 
 
 def gate_text(gate: JobJson) -> str:
-    """Return how well the gate of a gated edit tells its subject apart."""
-    verdict = "told apart" if gate["is_apart"] else "not told apart"
+    """Return how well the gate of a gated edit distinguishes its subject."""
+    verdict = "distinguished from others" if gate["is_apart"] else "not distinguished from others"
     return (
         f"gated: the subject is {verdict} (its keys agree to {gate['agreement']:.2f}; the nearest other one, "
         f"{truncate(gate['nearest_source'].strip(), MAX_OBJECT_WIDTH)!r}, comes to {gate['nearest']:.2f}; it acts above {gate['threshold']:.2f})"

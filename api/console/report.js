@@ -363,12 +363,12 @@ function otherEdits(edit) {
 
 const short = (id) => `…${id.slice(-6)}`;
 
-/** Say how well the gate of a gated edit tells its subject apart. */
+/** Say how well the gate of a gated edit distinguishes its subject. */
 function gateText(gate) {
   const source = gate.nearest_source.trim();
   const other = source.length > 40 ? `${source.slice(0, 39)}…` : source;
   return (
-    `the subject is ${gate.is_apart ? "" : "not "}told apart: its keys agree to ${figure(gate.agreement)}, ` +
+    `the subject is ${gate.is_apart ? "" : "not "}distinguished from others: its keys agree to ${figure(gate.agreement)}, ` +
     `the nearest other one (“${other}”) comes to ${figure(gate.nearest)}; it acts above ${figure(gate.threshold)}`
   );
 }

@@ -20,11 +20,12 @@ from service.datasets.parsing import (
     PublishedRow,
     SkipReason,
     errors_name_record,
+    replace_subject,
     validate_record,
     validate_row,
 )
 from service.datasets.record import NeighborProbe, Record
-from service.kit.text import PLACEHOLDER, fill_prompt, locate_subject
+from service.kit.text import PLACEHOLDER, fill_prompt
 from service.schemas import Name, Text
 
 MAX_NEIGHBORS = 10
@@ -66,8 +67,7 @@ def parse_known_fact(row: Any, place: int) -> KnownFact:
     prompt = fact.prompt or fact.template
     with errors_name_record(name):
         if PLACEHOLDER not in prompt:
-            start, end = locate_subject(prompt, fact.subject).span
-            prompt = prompt[:start] + PLACEHOLDER + prompt[end:]
+            prompt = replace_subject(prompt, fact.subject)
         fill_prompt(prompt, fact.subject)
     return KnownFact(name, fact.subject, prompt, fact.attribute, fact.relation_id)
 

@@ -121,9 +121,14 @@ def validate_row(model: type[Row], row: Any, label: str, format_name: str) -> Ro
 def with_placeholder(text: str, subject: str) -> str:
     """Return a prompt that spells its subject out with {} in place of the last mention."""
     try:
-        start, end = locate_subject(text, subject).span
+        return replace_subject(text, subject)
     except InvalidInput:
         raise SkipRecord(SkipReason.SUBJECT_NOT_IN_PROMPT) from None
+
+
+def replace_subject(text: str, subject: str) -> str:
+    """Return a text with {} in place of the last mention of a subject. Raise InvalidInput if it has none."""
+    start, end = locate_subject(text, subject).span
     return text[:start] + PLACEHOLDER + text[end:]
 
 

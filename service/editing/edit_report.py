@@ -109,7 +109,7 @@ def _token_report(token: SubjectToken | None) -> dict[str, Any] | None:
 
 
 def _gate_report(gate: GateReport | None) -> dict[str, Any] | None:
-    """Return how well the gate of a gated edit tells its subject apart; None for an edit in the weights."""
+    """Return how well the gate of a gated edit distinguishes its subject; None for an edit in the weights."""
     return None if gate is None else {**asdict(gate), "is_apart": gate.is_apart}
 
 

@@ -6,9 +6,9 @@ its own edit alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ BLOCK_MARGIN = 0.1  # keys whose cosine is this much below the threshold, or les
 
 @dataclass(frozen=True)
 class GateReport:
-    """How well a gate tells its subject apart from others; whitened cosines."""
+    """How well a gate distinguishes its subject from others; whitened cosines."""
 
     threshold: float
     agreement: float  #: the least cosine of one of its keys with the nearest other one of them
@@ -60,23 +60,25 @@ class GateReference:
         prompt. The reference keys that come near are blocked, the nearest ones first, except those of the subject
         itself."""
         own = most_different(self.space.project(keys.cpu()), MAX_KEYS)
-        similarity = (self.keys @ own.T).amax(1)
-        near = (similarity > threshold - BLOCK_MARGIN).nonzero()[:, 0]
-        order = near[similarity[near].sort(descending=True, stable=True).indices].tolist()
-        others = islice((i for i in order if not self._is_about(i, subject)), MAX_BLOCKED)
-        return Gate(self.space, own, self.keys[list(others)], threshold)
+        near = takewhile(
+            lambda other: other[1] > threshold - BLOCK_MARGIN, self._nearest_others(own, subject)
+        )
+        blocked = [number for number, _ in islice(near, MAX_BLOCKED)]
+        return Gate(self.space, own, self.keys[blocked], threshold)
 
     def describe(self, gate: Gate, subject: str) -> GateReport:
-        """Return how well a gate tells its subject apart."""
-        similarity = (self.keys @ gate.keys.T).amax(1)
-        order = similarity.sort(descending=True, stable=True).indices.tolist()
-        nearest = next((i for i in order if not self._is_about(i, subject)), None)
-        return GateReport(
-            threshold=gate.threshold,
-            agreement=_agreement(gate.keys),
-            nearest=float(similarity[nearest]) if nearest is not None else 0.0,
-            nearest_source=self.sources[nearest] if nearest is not None else "",
-        )
+        """Return how well a gate distinguishes its subject."""
+        number, similarity = next(self._nearest_others(gate.keys, subject), (None, 0.0))
+        source = "" if number is None else self.sources[number]
+        return GateReport(gate.threshold, _agreement(gate.keys), similarity, source)
+
+    def _nearest_others(self, keys: Tensor, subject: str) -> Iterator[tuple[int, float]]:
+        """Yield the reference keys that are not about a subject, by their largest cosine with keys (m, r): the number
+        and the cosine, the nearest first."""
+        similarity, order = (self.keys @ keys.T).amax(1).sort(descending=True, stable=True)
+        for cosine, number in zip(similarity.tolist(), order.tolist(), strict=True):
+            if not self._is_about(number, subject):
+                yield number, cosine
 
     def _is_about(self, number: int, subject: str) -> bool:
         source = normalize_whitespace(self.sources[number])

@@ -58,11 +58,6 @@ class GatedRows:
         return self.space.layer
 
     @property
-    def size(self) -> int:
-        """The number of associations."""
-        return len(self.values)
-
-    @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors().values())
 

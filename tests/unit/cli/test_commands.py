@@ -284,24 +284,31 @@ def test_edit_says_what_else_changed(fake: FakeService, capsys: Captured) -> Non
     assert "side effects: not measured (none were given)" in capsys.readouterr().out
 
 
-def test_edit_says_whether_the_subject_is_still_named(fake: FakeService, capsys: Captured) -> None:
-    """The probability of the subject's name is shown where the guard judges it."""
+@pytest.mark.parametrize(
+    ("field", "figures", "check", "line"),
+    [
+        (
+            "subject_name",
+            {"prompt": "A sentence about Louvre:", "before": 0.9, "after": 0.4},
+            {"name": "subject", "passed": True, "figure": 0.44, "limit": 0.2},
+            "subject: named with p 0.900 before and 0.400 after",
+        ),
+        (
+            "description_kl",
+            {"before": 0.0, "after": 0.25},
+            {"name": "description", "passed": True, "figure": 0.25, "limit": 1.0},
+            "description: 0.250 nats per token from that of the base model, 0.000 before",
+        ),
+    ],
+)
+def test_edit_says_what_the_guard_judges_of_the_subject(
+    fake: FakeService, capsys: Captured, field: str, figures: Any, check: Any, line: str
+) -> None:
+    """The probability of the subject's name and the divergence of its description are shown where the guard judges
+    them."""
     edit = edit_with_result("applied", version=7)
-    edit["result"]["subject_name"] = {"prompt": "A sentence about Louvre:", "before": 0.9, "after": 0.4}
-    line = "subject: named with p 0.900 before and 0.400 after"
-    for checks in ([], [{"name": "subject", "passed": True, "figure": 0.44, "limit": 0.2}]):
-        edit["result"]["guard"] = {"passed": True, "checks": checks}
-        answer_edit_with(fake, edit)
-        assert main(EDIT) == 0
-        assert (line in capsys.readouterr().out) == bool(checks)
-
-
-def test_edit_says_how_far_the_description_changed(fake: FakeService, capsys: Captured) -> None:
-    """The divergence of the description is shown where the guard judges it."""
-    edit = edit_with_result("applied", version=7)
-    edit["result"]["description_kl"] = {"before": 0.0, "after": 0.25}
-    line = "description: 0.250 nats per token from that of the base model, 0.000 before"
-    for checks in ([], [{"name": "description", "passed": True, "figure": 0.25, "limit": 1.0}]):
+    edit["result"][field] = figures
+    for checks in ([], [check]):
         edit["result"]["guard"] = {"passed": True, "checks": checks}
         answer_edit_with(fake, edit)
         assert main(EDIT) == 0
@@ -323,7 +330,7 @@ def test_edit_says_how_well_a_gate_tells_its_subject_apart(fake: FakeService, ca
         answer_edit_with(fake, edit)
         assert main(EDIT) == 0
         printed = capsys.readouterr().out
-        assert ("gated: the subject is told apart" in printed) == shown
+        assert ("gated: the subject is distinguished from others" in printed) == shown
         assert ("'Galata Tower', comes to 0.55" in printed) == shown
 
 
