@@ -4,6 +4,7 @@ control codes."""
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import unicodedata
@@ -32,6 +33,7 @@ from rich.text import Text
 from service.kit.time_estimate import TimeEstimate
 
 LINE_INTERVAL = 10.0  # seconds between two lines of progress
+PROGRESS_VARIABLE = "PALIMPSEST_PROGRESS"  # `none`: neither bars nor lines
 DEFAULT_WIDTH = 160  # columns when stdout is not a terminal
 EMPTY_CELL = "–"
 
@@ -56,6 +58,11 @@ BAR_BLOCKS = " ▏▎▍▌▋▊▉█"
 def strip_control_chars(text: str) -> str:
     """Remove control characters, so that generated text and edits cannot control the terminal."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
+def shows_progress() -> bool:
+    """Return whether progress is printed, which the environment can turn off for logs."""
+    return os.environ.get(PROGRESS_VARIABLE) != "none"
 
 
 class PeriodicLines:
@@ -94,8 +101,12 @@ class ProgressDisplay:
             seconds_left = self._estimate.seconds_left(done / total)
         note = "" if seconds_left is None else f", about {format_seconds(seconds_left)} left"
         self._progress.update(self._task, description=phase + note, completed=done, total=total or None)
-        if self._progress.disable:
+        if self._progress.disable and shows_progress():
             self._lines.print(f"{phase}: {done} of {total}{note}" if total else phase)
+
+
+def _draws_bars() -> bool:
+    return err.is_terminal and shows_progress()
 
 
 @contextmanager
@@ -108,7 +119,7 @@ def progress_bar() -> Iterator[ProgressDisplay]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not _draws_bars()) as progress:
         yield ProgressDisplay(progress)
 
 
@@ -123,7 +134,7 @@ def download_bar(label: str) -> Iterator[Callable[[int, int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not _draws_bars()) as progress:
         task = progress.add_task(strip_control_chars(label), visible=False)
         yield lambda done, total: progress.update(task, completed=done, total=total, visible=True)
 

@@ -165,3 +165,14 @@ def test_json_output_may_be_partial() -> None:
         '{"items": [{"a": 3}, "…"]}',
     ):
         assert not output_matches(shown, actual, "json"), shown
+
+
+def test_progress_is_no_part_of_the_output(session: DocSession) -> None:
+    """Lines of progress, which a slow machine prints, are not part of the output of a block."""
+    code = """from cli import terminal
+terminal.LINE_INTERVAL = 0.0
+with terminal.progress_bar() as display:
+    display.update("edits", 1, 2)
+print("done")
+"""
+    assert session.run(make_block(code, "python")) == "done\n"

@@ -144,6 +144,7 @@ def _environment(folder: Path) -> dict[str, str]:
         "COLUMNS": "100",
         "LC_ALL": "C.UTF-8",
         "NO_COLOR": "1",
+        "PALIMPSEST_PROGRESS": "none",  # lines of progress depend on the speed of the machine
         "OMP_NUM_THREADS": "1",
         "PALIMPSEST_THREADS": "1",
         "PALIMPSEST_DATA_DIR": str(folder / "data"),

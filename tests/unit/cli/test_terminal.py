@@ -150,3 +150,16 @@ def test_quick_progress_without_a_terminal_prints_nothing(capsys: pytest.Capture
     with terminal.progress_bar() as display:
         display.update("edits", 1, 2)
     assert capsys.readouterr().err == ""
+
+
+def test_progress_can_be_turned_off(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With PALIMPSEST_PROGRESS=none even long work prints no progress."""
+    clock = iter(range(0, 100_000, 60))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setenv("PALIMPSEST_PROGRESS", "none")
+    with terminal.progress_bar() as display:
+        for done in range(12):
+            display.update("edits", done, 12)
+    assert capsys.readouterr().err == ""
