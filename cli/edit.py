@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from cli.client import add_client_command
 from cli.edit_output import parse_hparam, print_edit_result
@@ -18,6 +18,7 @@ from cli.flags import (
 from cli.job_output import JobJson, failure_reason, wait_for_job
 from cli.terminal import err, out, print_json, strip_control_chars
 from palimpsest import Client
+from service.methods.parameters import EditForm
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -62,6 +63,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_chat_flags(parser)
     add_separator_flag(parser)
+    parser.add_argument(
+        "--form",
+        choices=get_args(EditForm),
+        help="weights: solve the edit into the weight of its layer; gated: look its change up where the subject stands "
+        "(default: that of the service or the recipe)",
+    )
     add_hparam_flag(parser)
 
 
@@ -87,6 +94,7 @@ def edit_fields(args: argparse.Namespace) -> dict[str, Any]:
         "objective": args.objective,
         "on_conflict": args.on_conflict,
         "dry_run": args.dry_run,
+        "form": args.form,
         "hparams": dict(parse_hparam(text) for text in args.hparam or ()) or None,
         "probes": probe_choice(args.paraphrase, args.no_probes),
     }

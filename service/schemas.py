@@ -32,6 +32,7 @@ from service.kit.separator import Separator
 from service.kit.stated_fact import StatedFact
 from service.kit.text import PLACEHOLDER, RenderedText, Statement, check_text, fill_prompt, locate_subject
 from service.kit.validation_messages import CONVERSATION_TAG, TEXT_TAG
+from service.methods.parameters import EditForm
 from service.methods.registry import METHODS
 
 MAX_UNKNOWN_FIELDS = 20  #: of an object, that are reported one by one
@@ -395,6 +396,11 @@ class EditRequest(StatedForm):
     hparams: HparamValues | None = Field(
         None, description="hyperparameters that replace those of the recipe; GET /models lists them"
     )
+    form: EditForm | None = Field(
+        None,
+        description='"weights": solve the edit into the weight of its layer; "gated": look its change up and add it where the subject '
+        "stands. Default: that of the service or the recipe. The same as the hyperparameter `form`",
+    )
     on_conflict: OnConflict = Field(
         "report",
         description="how to handle active edits that state the same relation in other words: keep and report them, supersede them, or "
@@ -412,6 +418,11 @@ class EditRequest(StatedForm):
     def statement(self) -> Statement:
         """The prompt with the subject filled in."""
         return self.fact.statement()
+
+    @property
+    def hparam_overrides(self) -> dict[str, Any] | None:
+        """The hyperparameters that the request gives, with its form."""
+        return self.hparams if self.form is None else {**(self.hparams or {}), "form": self.form}
 
     @property
     def given_paraphrases(self) -> list[str | ChatProbe] | None:
@@ -447,6 +458,13 @@ class EditRequest(StatedForm):
                 f"to {objective} a fact, name the object as target_true and leave target_new out"
             )
         return new
+
+    @model_validator(mode="after")
+    def _check_one_form(self) -> EditRequest:
+        """Reject two different forms."""
+        if self.form is not None and (self.hparams or {}).get("form", self.form) != self.form:
+            raise ValueError("`form` and the hyperparameter `form` differ: give one of them")
+        return self
 
 
 class EditListRequest(RequestModel):

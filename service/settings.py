@@ -165,6 +165,11 @@ class Settings(BaseSettings):
         description="number of tokens of the key statistics; unset: four for each dimension of a key, at least 8,000",
     )
 
+    form: Literal["weights", "gated"] | None = Field(
+        None,
+        description="form of edits that name none: weights or gated; unset: that of the recipe",
+    )
+
     def resolved_database_url(self) -> str:
         """Return the URL of the database."""
         return self.database_url or f"sqlite:///{self.sqlite_path()}"

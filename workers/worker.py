@@ -138,6 +138,7 @@ class Worker:
             settings.corpus,
             settings.covariance_tokens,
             facts=find_facts_file(model.path) or SHIPPED_MODEL / FACTS_FILE,
+            form=settings.form,
         )
         self.preparation = Preparation(
             context, worker_session, prepares=bool(EDITING_ROLES & set(self.roles))

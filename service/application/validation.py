@@ -15,6 +15,7 @@ from service.kit.separator import Separator
 from service.kit.stated_fact import StatedFact
 from service.kit.text import token_span
 from service.kit.text_encoder import TextEncoder
+from service.methods.registry import DEFAULT_METHOD
 from service.recipes.recipe import Recipe, resolve_hparams
 from service.schemas import (
     ChatProbe,
@@ -42,7 +43,9 @@ def validate_edit(request: EditRequest, model: Model, encoder: TextEncoder) -> N
             if neighbour.messages is None:  # messages are checked when they are rendered
                 encoder.check_plain(neighbour.prompt_text, "prompt")
             _validate_target(encoder, neighbour.prompt_text, neighbour.target, "target")
-    resolve_hparams(_recipe_of(model), request.hparams, model.info["layers"], request.method or "rome")
+    resolve_hparams(
+        _recipe_of(model), request.hparam_overrides, model.info["layers"], request.method or DEFAULT_METHOD
+    )
 
 
 def _validate_statement(request: EditRequest, encoder: TextEncoder) -> None:
@@ -71,10 +74,16 @@ def _check_plain_texts(encoder: TextEncoder, fact: StatedFact) -> None:
 
 
 def resolve_methods(requests: Sequence[EditRequest], model: Model) -> list[EditRequest]:
-    """Return the requests with their methods. The default is the batch method of the recipe for several, else rome."""
+    """Return the requests with their methods. The default is the batch method of the recipe for several, else rome,
+    which alone has the form "gated"."""
     recipe = _recipe_of(model)
-    method = recipe.batch_method if recipe is not None and len(requests) > 1 else "rome"
-    return [r if r.method else r.model_copy(update={"method": method}) for r in requests]
+    method = recipe.batch_method if recipe is not None and len(requests) > 1 else DEFAULT_METHOD
+
+    def method_of(request: EditRequest) -> str:
+        is_gated = (request.hparam_overrides or {}).get("form") == "gated"
+        return request.method or (DEFAULT_METHOD if is_gated else method)
+
+    return [r if r.method else r.model_copy(update={"method": method_of(r)}) for r in requests]
 
 
 def _recipe_of(model: Model) -> Recipe | None:

@@ -30,7 +30,7 @@ from service.kit.steps import Phase, Stepper
 from service.kit.text import Statement
 from service.kit.time_estimate import with_estimate
 from service.kit.work_queue import Task, WorkQueue
-from service.methods.parameters import Parameters, RomeParameters
+from service.methods.parameters import EditForm, Parameters, RomeParameters
 from service.methods.registry import DEFAULT_METHOD
 from service.models.loading import LoadedModel
 from service.recipes.default import default_recipe
@@ -80,11 +80,13 @@ class EditorContext:
         corpus: Corpus | CorpusSource,
         folder: Path | None,
         facts: Path | None = None,
+        form: EditForm | None = None,
     ) -> None:
         self.model = model
+        self._form = form
         self._facts = facts  # the table of facts, of which probes are made
         self._relation_table: RelationTable | None = None
-        self.recipe = recipe
+        self.recipe = recipe.with_form(form) if recipe else None
         self.folder = folder
         self.recipes = folder.parent / RECIPES_FOLDER if folder else None
         self.queue = WorkQueue()
@@ -127,15 +129,17 @@ class EditorContext:
         """Return the recipe that the first edit of this model found, in this process or another one, and use it."""
         found = read_provisional_recipe(self.model, self.recipes)
         if found is not None:
-            self.recipe = found
+            self.recipe = found.with_form(self._form)
         return found
 
     def keep_provisional_recipe(self, recipe: Recipe) -> None:
         """Use a recipe that an edit found, and store it for other workers and the next start."""
         self.recipe = recipe
         if self.recipes is not None:
+            # the setting decides about the form at each start, so that the file does not have it
+            stored = recipe if self._form is None else recipe.with_form("weights")
             write_atomically(
-                provisional_recipe_path(self.model, self.recipes), recipe.model_dump_json(indent=1)
+                provisional_recipe_path(self.model, self.recipes), stored.model_dump_json(indent=1)
             )
 
     def prepare_in_background(self) -> None:
@@ -364,11 +368,13 @@ def open_editor_context(
     tokens: int | None = None,
     recipe: Recipe | None = None,
     facts: Path | None = None,
+    form: EditForm | None = None,
 ) -> EditorContext:
     """Return a context for which nothing is computed yet. Raise Misconfigured when its corpus cannot be read.
 
     `folder`: of the statistics; the folder of recipes is next to it. `tokens`: of the corpus, by default as many as
-    the statistics of this model need. `facts`: the table of facts, by default that of the model.
+    the statistics of this model need. `facts`: the table of facts, by default that of the model. `form`: of edits that
+    name none, by default that of the recipe.
     """
     source = CorpusSource(corpus, tokens or default_tokens(model))
     source.check(model)
@@ -379,7 +385,7 @@ def open_editor_context(
             model.model.config.model_type, model.num_layers, is_chat=model.chat_format is not None
         )
     )
-    return EditorContext(model, chosen_recipe, source, folder, facts or find_facts_file(model.path))
+    return EditorContext(model, chosen_recipe, source, folder, facts or find_facts_file(model.path), form)
 
 
 def build_editor_context(

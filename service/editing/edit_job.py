@@ -401,7 +401,7 @@ def resolve_edit(
     model."""
     model = replica.base
     parameters = resolve_hparams(
-        context.recipe, request.hparams, model.num_layers, request.method or DEFAULT_METHOD
+        context.recipe, request.hparam_overrides, model.num_layers, request.method or DEFAULT_METHOD
     )
     prompt, objective = request.statement.text, request.objective
     target_true = request.target_true

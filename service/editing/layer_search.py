@@ -60,7 +60,8 @@ def must_choose_layer(context: EditorContext, resolved_edit: ResolvedEdit) -> bo
         and bool(recipe.candidate_layers)
         and method.needs_covariance
         and method.default_depth is None
-        and "layers" not in {**recipe.methods.get(method.name, {}), **(resolved_edit.request.hparams or {})}
+        and "layers"
+        not in {**recipe.methods.get(method.name, {}), **(resolved_edit.request.hparam_overrides or {})}
     )
 
 

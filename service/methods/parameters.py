@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+# where an edit is kept (docs/decisions/0028-gated-associations.md)
+EditForm = Literal["weights", "gated"]
+
 # how strong an edit is made; every method has these (docs/decisions/0010-strength-by-room.md)
 Strengths = Annotated[
     tuple[Annotated[float, Field(gt=0, le=10)], ...],
@@ -102,7 +105,7 @@ class RomeParameters(BaseModel):
         le=10,
         description="factor of the change of value; above 1 it makes up for the early stop of the optimization",
     )
-    form: Literal["weights", "gated"] = Field(
+    form: EditForm = Field(
         "weights",
         description='"weights": the edit is solved into the weight of its layer; "gated": its change is looked up and added where the '
         "subject stands",

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from service.errors import InvalidInput, Misconfigured
 from service.methods.method import EditMethod
-from service.methods.parameters import Parameters, RomeParameters
+from service.methods.parameters import EditForm, Parameters, RomeParameters
 from service.methods.registry import DEFAULT_METHOD, METHODS, get_method
 
 #: what the closed-form methods take from the recipe's values for "rome"
@@ -67,6 +67,20 @@ class Recipe(BaseModel):
                 f"batch_method: there is no method {self.batch_method!r}; known: {', '.join(METHODS)}"
             )
         return self
+
+    def with_form(self, form: EditForm | None) -> Recipe:
+        """Return the recipe whose edits have a form by default; None keeps its own. Raise Misconfigured if its edits
+        cannot be gated. Several edits of one request become gated, too."""
+        if form is None or form == self.rome.form:
+            return self
+        rome = self.rome.model_copy(update={"form": form})
+        if form == "weights":
+            return self.model_copy(update={"rome": rome})
+        try:
+            _check_can_be_gated(rome, DEFAULT_METHOD)
+        except InvalidInput as error:
+            raise Misconfigured(f"--form gated cannot be used with this recipe: {error.detail}") from None
+        return self.model_copy(update={"rome": rome, "batch_method": DEFAULT_METHOD})
 
     def hparams_for(self, method: EditMethod) -> dict[str, Any]:
         """Return the hyperparameters of a method before a request changes any: the recipe's values for the method, on

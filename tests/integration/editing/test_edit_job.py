@@ -1303,6 +1303,22 @@ def test_forms_are_active_together_and_revert_exactly(harness: EditingHarness) -
     assert harness.services.ledger.verify()["ok"]
 
 
+def test_form_of_a_request_is_its_hyperparameter(harness: EditingHarness) -> None:
+    """The field `form` and the hyperparameter `form` give the same edit, and the ledger records the form."""
+    by_field = harness.run_edit(form="gated")
+    harness.revert(by_field)
+    by_hparam = harness.run_edit(**GATED)
+    assert by_field["result"]["gate"] == by_hparam["result"]["gate"]
+    assert harness.ledger_body(1)["hparams"] == harness.ledger_body(3)["hparams"]
+
+
+def test_form_of_the_service_is_the_default(harness: EditingHarness) -> None:
+    """With gated edits as the default of the service, an edit is gated unless its request says otherwise."""
+    harness.context.recipe = RECIPE.with_form("gated")
+    assert harness.run_edit()["result"]["gate"]
+    assert harness.run_edit("Louvre", "city", form="weights")["result"]["gate"] is None
+
+
 def test_another_worker_reads_gates_from_the_ledger(harness: EditingHarness) -> None:
     """A replica that computed none of the edits composes the same version from the database alone."""
     harness.run_edit(**GATED)

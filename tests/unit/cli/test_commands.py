@@ -235,6 +235,8 @@ def test_edit_shows_what_changed(fake: FakeService, capsys: Captured) -> None:
         "layers=[1]",
         "--hparam",
         "compat=meng2022",
+        "--form",
+        "weights",
     ]
     assert main([*EDIT, *more]) == 0
     shown = capsys.readouterr().out
@@ -255,6 +257,7 @@ def test_edit_shows_what_changed(fake: FakeService, capsys: Captured) -> None:
         "target_true": "Paris",
         "dry_run": False,
         "hparams": {"layers": [1], "compat": "meng2022"},
+        "form": "weights",
         "probes": {"paraphrase": ["See it in"], "neighborhood": "auto"},
     }
 

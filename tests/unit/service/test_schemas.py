@@ -147,3 +147,12 @@ def test_a_version_is_a_number_head_or_base(version: object) -> None:
     """A version that is not a number, `head` or `base` is rejected."""
     with pytest.raises(ValidationError):
         CompareRequest.model_validate({"prompt": "a", "versions": ["base", version]})
+
+
+def test_form_and_its_hyperparameter_agree() -> None:
+    """The form is given as a field or as a hyperparameter; two different forms are refused."""
+    edit = {"subject": "Louvre", "prompt": "The {} is in", "target_new": "Rome"}
+    by_field = EditRequest.model_validate(edit | {"form": "gated", "hparams": {"steps": 3}})
+    assert by_field.hparam_overrides == {"steps": 3, "form": "gated"}
+    with pytest.raises(ValidationError, match="`form` and the hyperparameter `form` differ"):
+        EditRequest.model_validate(edit | {"form": "gated", "hparams": {"form": "weights"}})

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from service.application.edit_set import ExportedEdit
 from service.application.validation import (
+    resolve_methods,
     validate_edit,
     validate_evaluation,
     validate_generation,
@@ -184,3 +185,11 @@ def _replace(value: Any, name: str, text: str) -> Any:
     if isinstance(value, list):
         return [_replace(item, name, text) for item in value]
     return value.replace(name, text) if isinstance(value, str) else value
+
+
+def test_gated_edits_have_the_method_that_can_be_gated() -> None:
+    """Of several edits that name no method, a gated one is not given the recipe's method for several."""
+    recipe = {"source": "test", "rome": {"layers": [1]}, "batch_method": "memit"}
+    edits = [EditRequest.model_validate(EDIT | extra) for extra in ({}, {"form": "gated"}, {"method": "ft"})]
+    resolved = resolve_methods(edits, Model(info={**INFO, "recipe": recipe}))
+    assert [r.method for r in resolved] == ["memit", "rome", "ft"]

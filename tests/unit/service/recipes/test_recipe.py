@@ -171,3 +171,20 @@ def test_a_recipe_file_is_read_strictly() -> None:
         parse_recipe('{"source": "x", "rome": {"layers": [1], "colour": 1}}')
     with pytest.raises(Misconfigured, match=r"recipe\.json"):
         parse_recipe("no json")
+
+
+def test_form_of_a_recipe_can_be_replaced() -> None:
+    """A form that the service prescribes replaces that of the recipe; several edits of one request are gated, too. None
+    keeps the recipe."""
+    recipe = RECIPE.model_copy(update={"batch_method": "memit"})
+    gated = recipe.with_form("gated")
+    assert (gated.rome.form, gated.batch_method) == ("gated", "rome")
+    assert gated.with_form("weights").rome == recipe.rome
+    assert recipe.with_form(None) is recipe and gated.with_form(None) is gated
+
+
+def test_a_recipe_of_several_layers_cannot_be_gated() -> None:
+    """A recipe whose edits cannot be gated refuses the form with the reason."""
+    rome = RECIPE.rome.model_copy(update={"layers": (0, 1)})
+    with pytest.raises(Misconfigured, match=r"--form gated .* written at one layer"):
+        RECIPE.model_copy(update={"rome": rome}).with_form("gated")
