@@ -65,12 +65,17 @@ class MethodRow:
 
 
 def method_rows(context: EditorContext) -> list[MethodRow]:
-    """Return the rows. Single-layer methods edit the tuned layer of r-rome, else the highest layer of the recipe."""
+    """Return the rows. Single-layer methods edit the tuned layer of r-rome, else the highest layer of the recipe; gated
+    edits the only layer of the recipe, else the same."""
     assert context.recipe is not None
     single_layer = {"layers": [max(context.recipe.rome.layers)]} | context.recipe.methods.get("r-rome", {})
+    layers = context.recipe.rome.layers
+    gated = {"form": "gated"} | (single_layer if len(layers) > 1 else {})
     return [
         MethodRow("rome, strength by capacity", "rome", {}, None),
         MethodRow("rome", "rome", {}),
+        MethodRow("rome, gated", "rome", gated),
+        MethodRow("rome, gated, strength by effect", "rome", gated, None),
         MethodRow("r-rome", "r-rome", single_layer),
         MethodRow("rome, meng2022", "rome", PUBLISHED_KEY_HPARAMS | single_layer | {"compat": "meng2022"}),
         MethodRow("r-rome, sequential", "r-rome", single_layer, base_model_for_search="edited"),

@@ -8,7 +8,7 @@ Facts are the records whose true object the model says greedily, one for each su
 names. Those at even places are for choosing hyperparameters (`--half even`), those at odd places are reported.
 Results are stored in --out after each fact, and an interrupted run resumes. `--active` measures the same edits when
 many are active together, with the loss on statements of the other half, and `--gated` the same edits looked up in
-place of solved.
+place of solved. `--measured 50` measures only the first 50 of the facts, alone and active.
 
 As the service does, an edit is raised to its next strength until it takes effect. In the columns "says", a greedy
 continuation must begin with the new object, for paraphrases and chat it must contain it within 24 tokens. "chat" is the
@@ -293,10 +293,14 @@ def base_says(experiment: PublicModelExperiment, record: Record, number: int) ->
 
 
 def run_active(
-    experiment: PublicModelExperiment, records: Sequence[Record], count: int, other_facts: Sequence[Record]
+    experiment: PublicModelExperiment,
+    records: Sequence[Record],
+    count: int,
+    measured: int | None,
+    other_facts: Sequence[Record],
 ) -> list[dict[str, Any]]:
-    """Return a row for each of the first `count` records, with their edits active together. Print the rise of the loss
-    on statements about other subjects."""
+    """Return a row for each of the first `measured` records, with the edits of the first `count` active together. Print
+    the rise of the loss on statements about other subjects."""
     groups = [experiment.find_updates(r, i)[0] for i, r in enumerate(records[:count])]
     prefix = "gated-" if experiment.gated else ""
     strengths = experiment.stored(
@@ -317,7 +321,9 @@ def run_active(
 
     return [
         experiment.stored(f"{prefix}active-{count}-{number}.json", partial(row, number, record))
-        for number, record in enumerate(track(records[:count], f"{count} edits active", console=console))
+        for number, record in enumerate(
+            track(records[:count][:measured], f"{count} edits active", console=console)
+        )
     ]
 
 
@@ -369,6 +375,7 @@ def main() -> None:
     p.add_argument(
         "--active", type=int, nargs="*", default=[], help="numbers of edits that are active together"
     )
+    p.add_argument("--measured", type=int, metavar="N", help="measure only the first N facts (default: all)")
     p.add_argument("--hparams", help="JSON; replaces hyperparameters of the recipe")
     p.add_argument("--gated", action="store_true", help="look the same edits up in place of solving them")
     p.add_argument("--threads", type=int, default=1)
@@ -380,9 +387,9 @@ def main() -> None:
     chosen = known[args.half == "odd" :: 2][: args.facts]
     console.print(f"{len(records)} facts, {len(known)} known, {len(chosen)} measured")
     others = known[args.half == "even" :: 2][:OTHER_STATEMENTS]
-    results = {"each alone": run_single(experiment, chosen)}
+    results = {"each alone": run_single(experiment, chosen[: args.measured])}
     for count in sorted({min(c, len(chosen)) for c in args.active}):
-        results[f"{count} active"] = run_active(experiment, chosen, count, others)
+        results[f"{count} active"] = run_active(experiment, chosen, count, args.measured, others)
     print_table(results)
 
 
