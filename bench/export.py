@@ -165,7 +165,7 @@ def measure_adapter(
         edit_difference,
         f"{adapter_difference:.1e}",
         f"{merged_difference:.1e}",
-        f"{manifest['difference']['adapter']:.1e}",
+        f"{manifest['difference']['export']:.1e}",
     ]
 
 

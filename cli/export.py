@@ -44,6 +44,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--out", metavar="PATH", required=True, help="new or empty folder; a file for safetensors and edits"
     )
+    parser.add_argument(
+        "--solve-gated",
+        action="store_true",
+        help="solve gated edits into the weights of the export, and measure how far it differs from the service",
+    )
     add_json_flag(parser)
     add_connection_flags(parser)
     model = parser.add_argument_group("with --format model")
@@ -63,7 +68,7 @@ def export_version(args: argparse.Namespace, client: Client) -> int:
     with tempfile.TemporaryFile() as file:
         with progress_bar() as display:
             display.update("export", 0, 0)
-            name = client.export_to(file, args.version, args.format)
+            name = client.export_to(file, args.version, args.format, solve_gated=args.solve_gated)
         file.seek(0)
         path = _extract_zip(file, path) if args.format == "peft" else _save_file(file, path, name)
     err.print(strip_control_chars(f"{FORMAT_NAMES[args.format]} of version {args.version} is in {path}."))
@@ -113,7 +118,9 @@ def export_model(args: argparse.Namespace) -> int:
     with closing(open_database(settings)) as database:
         reader = ReadOnlyLedger(database, model.fingerprint, device_kind(model))
         version = reader.resolve_version(args.version)
-        manifest = write_model(VersionedModel(model, reader, reader.attest), version, folder)
+        manifest = write_model(
+            VersionedModel(model, reader, reader.attest), version, folder, solve_gated=args.solve_gated
+        )
     confirmation = (
         "Its weights match the digest of a worker."
         if reader.confirmed

@@ -498,23 +498,31 @@ class Endpoints:
     # export and import
 
     @endpoint
-    async def export(self, version: Version = "head", format: ExportFormat = "peft") -> bytes:
+    async def export(
+        self, version: Version = "head", format: ExportFormat = "peft", *, solve_gated: bool = False
+    ) -> bytes:
         """Return the edits of a version as a file.
 
         `peft` is a zip with a LoRA adapter for PEFT, `safetensors` the edited weights, `edits` a file for
-        `import_edits`.
+        `import_edits`. With `solve_gated` gated edits are solved into an adapter or weights, which then differ from
+        what the service serves.
         """
         file = io.BytesIO()
-        await self._export(file, version, format)
+        await self._export(file, version, format, solve_gated)
         return file.getvalue()
 
     @endpoint
     async def export_to(
-        self, file: IO[bytes], version: Version = "head", format: ExportFormat = "peft"
+        self,
+        file: IO[bytes],
+        version: Version = "head",
+        format: ExportFormat = "peft",
+        *,
+        solve_gated: bool = False,
     ) -> str:
         """Write the edits of a version to a file in chunks; see `export`. Return the file name that the service
         suggests."""
-        return await self._export(file, version, format)
+        return await self._export(file, version, format, solve_gated)
 
     @endpoint
     async def import_edits(
@@ -540,8 +548,10 @@ class Endpoints:
 
     # shared by the calls
 
-    async def _export(self, file: IO[bytes], version: Version, format: ExportFormat) -> str:
-        body = {"version": version, "format": format}
+    async def _export(
+        self, file: IO[bytes], version: Version, format: ExportFormat, solve_gated: bool
+    ) -> str:
+        body = {"version": version, "format": format} | ({"solve_gated": True} if solve_gated else {})
         job = _require_success(await self._create_job(Export, body, None, True, None))
         return await self._transport.download_to(file, f"{_job_path(Export, job)}/file")
 

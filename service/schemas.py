@@ -679,6 +679,17 @@ class ExportRequest(RequestModel):
         description="`peft`: a LoRA adapter for the PEFT library; `safetensors`: the edited weights; `edits`: an edit set, with "
         "everything that the ledger stores about the active edits, for `POST /import` of another service",
     )
+    solve_gated: bool = Field(
+        False,
+        description="solve gated edits into the weights of a `peft` or `safetensors` file, which differ from what the service serves; the "
+        "manifest has the measured difference",
+    )
+
+    @model_validator(mode="after")
+    def _check_solves_into_weights(self) -> ExportRequest:
+        if self.solve_gated and self.format == "edits":
+            raise ValueError("an edit set holds gated edits as they are: leave out `solve_gated`")
+        return self
 
 
 class WorkerExportRequest(ExportRequest):

@@ -73,7 +73,7 @@ class ExportService(JobResourceService):
                 model = get_served_model(session)
                 ledger.lock_ledger(session, model.fingerprint)  # concurrent requests share one job
                 version, active_entries = _active_entries_at(session, model, request.version)
-                _check_exportable(version, active_entries, request.format)
+                _check_exportable(version, active_entries, request.format, request.solve_gated)
                 row = self._new_row(session, model, version, active_entries, request, actor)
                 job = _reusable_job(session, model, row["subject"])
                 is_new = job is None
@@ -134,9 +134,12 @@ class ExportService(JobResourceService):
         request: ExportRequest,
         actor: str,
     ) -> dict[str, Any]:
-        stored_request = {"version": version, "format": request.format}
+        stored_request: dict[str, Any] = {"version": version, "format": request.format}
+        solves = request.solve_gated and bool(_gated_edits(active_entries))
+        if solves:
+            stored_request["solve_gated"] = True
         row = new_job_row(self.kind.name, model, stored_request, actor)
-        row["subject"] = f"{request.format} of version {version}"
+        row["subject"] = f"{request.format} of version {version}" + (", gated edits solved" if solves else "")
         if request.format == "edits":
             content = _edit_set_content(session, model, version, active_entries)
             row |= {
@@ -225,15 +228,18 @@ def _active_entries_at(session: Session, model: Model, version: Version) -> tupl
     return number, ledger.active_entries(ledger.entries(session, model.fingerprint, up_to=number))
 
 
-def _check_exportable(version: int, active_entries: Sequence[ledger.Entry], format: str) -> None:
+def _check_exportable(
+    version: int, active_entries: Sequence[ledger.Entry], format: str, solve_gated: bool = False
+) -> None:
     """Raise InvalidInput if the version has no active edits, or if the format cannot represent them."""
     if not active_entries:
         raise InvalidInput(f"no edit is active at version {version}: there is nothing to export.", "version")
     gated = _gated_edits(active_entries)
-    if gated and format != "edits":
+    if gated and format != "edits" and not solve_gated:
         raise InvalidInput(
             f"gated edits are looked up and are in no weight: {_some_ids(gated)}. Export an edit set (format=edits), which "
-            "holds them exactly, or a version without them.",
+            "holds them exactly, solve them into the weights with a measured difference (solve_gated=true), or export a "
+            "version without them.",
             "format",
         )
     dense = [e.edit_id for e in active_entries if not METHODS[e.body.get("method", "rome")].needs_covariance]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -21,12 +22,14 @@ from service.exporting.lora import LoraAdapter, module_name, pretty_json
 from service.kit.safetensors_io import TensorInfo, build_header
 from service.kit.separator import separator
 from service.kit.stated_fact import StatedFact
-from service.kit.steps import Phase, Progress, Stepper
+from service.kit.steps import Phase, Progress, Stepper, run_to_completion
 from service.models.loading import LoadedModel, start_token_id
 from service.models.memory_estimates import GIB
 from service.patches.gated_patch import GatedPatch
+from service.patches.patch import PatchSet
 from service.schemas import WorkerExportRequest
 from service.weights.composition import compose_in_steps
+from service.weights.factors import EditUpdate, gate_of, without_gate
 
 MAX_TEXTS_PER_SOURCE = 64  # texts on which the adapter is verified, of edits and again of plain texts
 MAX_EXPORT_BYTES = GIB  # edited weights that the service stores for download
@@ -41,14 +44,16 @@ def export_version(
 ) -> Stepper[ExportManifest]:
     """Write an export to a file and return its manifest.
 
-    An adapter is verified on `plain_texts` and the edits' statements.
+    An adapter, and weights into which gated edits are solved, are verified on `plain_texts` and the edits' statements.
     """
     yield from replica.patch_in_steps(request.version)
     manifest = build_manifest(replica, request.version)
+    _check_weights_hold(replica.patch(request.version), request.solve_gated)
     yield Progress(Phase.COMPOSE, 0, 1)
+    texts = _verification_texts(manifest, plain_texts)
     if request.format == "peft":
-        return (yield from _export_adapter(replica, plain_texts, manifest, file))
-    return _export_weights(replica, manifest, file)
+        return (yield from _export_adapter(replica, texts, manifest, file))
+    return (yield from _export_weights(replica, texts, manifest, file))
 
 
 def build_manifest(replica: VersionedModel, version: int) -> ExportManifest:
@@ -65,6 +70,7 @@ def build_manifest(replica: VersionedModel, version: int) -> ExportManifest:
         },
         "version": version,
         "digest": replica.attest_version(version),
+        "solved": _solved_edits(replica, version),
         "edits": [
             {
                 "id": edit,
@@ -82,6 +88,28 @@ def build_manifest(replica: VersionedModel, version: int) -> ExportManifest:
     }
 
 
+def _solved_edits(replica: VersionedModel, version: int) -> int:
+    """Return the number of gated edits at a version, which an export of weights solves."""
+    active = replica.active_updates(version)
+    return sum(any(gate_of(u) is not None for u in updates) for updates in active.values())
+
+
+def _check_weights_hold(patch: PatchSet, solve_gated: bool) -> None:
+    """Raise InvalidInput if a version has gated edits and they are not to be solved into the weights."""
+    if not solve_gated and any(isinstance(p, GatedPatch) for p in patch.patches):
+        raise InvalidInput(
+            "gated edits are looked up and are in no weight: export an edit set (--format edits), which holds them exactly, "
+            "solve them into the weights with a measured difference (--solve-gated), or export a version without them.",
+            "version",
+        )
+
+
+def _solved_updates(replica: VersionedModel, version: int) -> Stepper[list[EditUpdate]]:
+    """Return the updates of a version as weights hold them: gated edits are solved."""
+    active = yield from replica.active_updates_in_steps(version)
+    return [without_gate(u) for updates in active.values() for u in updates]
+
+
 def public_base_name(model: LoadedModel) -> str:
     """Return the base model's hub name if it was loaded from the hub, else its name. Never a local path."""
     hub_name = str(getattr(model.model.config, "_name_or_path", "") or "")
@@ -97,21 +125,14 @@ def required_bos_token(model: LoadedModel) -> str | None:
 
 
 def _export_adapter(
-    replica: VersionedModel, plain_texts: Sequence[str], manifest: ExportManifest, file: IO[bytes]
+    replica: VersionedModel, texts: Sequence[str], manifest: ExportManifest, file: IO[bytes]
 ) -> Stepper[ExportManifest]:
     """Write a zip that PEFT loads, with a model card, and return the manifest."""
     model, version = replica.base, manifest["version"]
-    active = yield from replica.active_updates_in_steps(version)
-    adapter = LoraAdapter.from_changes(
-        (yield from compose_in_steps(p for group in active.values() for p in group))
-    )
+    updates = yield from _solved_updates(replica, version)
+    adapter = LoraAdapter.from_changes((yield from compose_in_steps(updates)))
     yield Progress(Phase.FACTORIZE, 1, 1)
-    texts = [
-        *_evenly_spaced(_edit_statements(manifest["edits"]), MAX_TEXTS_PER_SOURCE),
-        *_evenly_spaced(plain_texts, MAX_TEXTS_PER_SOURCE),
-    ]
-    weights = yield from replica.patch_in_steps(version)
-    difference = yield from measure_logit_difference(replica, weights, adapter, texts)
+    difference = yield from _measure_difference(replica, version, lambda: adapter.attached_to(model), texts)
     manifest = manifest | {
         "rank": adapter.rank,
         "layers": [
@@ -124,8 +145,7 @@ def _export_adapter(
             }
             for site, f in adapter.factors.items()
         ],
-        "difference": asdict(difference)
-        | {"adapter": float(f"{difference.adapter:.1e}"), "edits": float(f"{difference.edits:.3g}")},
+        "difference": difference,
     }
     size, chunks = _safetensors_file(adapter.tensors(model), {"format": "pt"})
     files: ArchiveFiles = {
@@ -144,9 +164,40 @@ def _export_adapter(
     }
 
 
-def _export_weights(replica: VersionedModel, manifest: ExportManifest, file: IO[bytes]) -> ExportManifest:
+def _measure_difference(
+    replica: VersionedModel,
+    version: int,
+    use_export: Callable[[], AbstractContextManager[object]],
+    texts: Sequence[str],
+) -> Stepper[dict[str, Any]]:
+    """Return the rounded differences between a version and its export."""
+    patch = yield from replica.patch_in_steps(version)
+    difference = yield from measure_logit_difference(replica, patch, use_export, texts)
+    return asdict(difference) | {
+        "export": float(f"{difference.export:.1e}"),
+        "edits": float(f"{difference.edits:.3g}"),
+    }
+
+
+def _solve_patch(
+    replica: VersionedModel, version: int, texts: Sequence[str]
+) -> Stepper[tuple[PatchSet, dict[str, Any]]]:
+    """Return the patch of a version whose gated edits are solved into the weights, and its difference from the
+    version."""
+    updates = yield from _solved_updates(replica, version)
+    patch = yield from replica.compose_patch_in_steps(updates)
+    difference = yield from _measure_difference(replica, version, lambda: replica.use_patch(patch), texts)
+    return patch, difference
+
+
+def _export_weights(
+    replica: VersionedModel, texts: Sequence[str], manifest: ExportManifest, file: IO[bytes]
+) -> Stepper[ExportManifest]:
     """Write the edited weights alone, by their names in the base model, and return the manifest."""
     weights = replica.weights(manifest["version"])
+    if manifest["solved"]:
+        patch, difference = yield from _solve_patch(replica, manifest["version"], texts)
+        weights, manifest = patch.weights, manifest | {"difference": difference}
     size = sum(t.numel() * t.element_size() for t in weights.values())
     if size > MAX_EXPORT_BYTES:
         raise InvalidInput(
@@ -163,25 +214,34 @@ def _export_weights(replica: VersionedModel, manifest: ExportManifest, file: IO[
     }
 
 
-def write_model(replica: VersionedModel, version: int, folder: Path) -> ExportManifest:
+def write_model(
+    replica: VersionedModel, version: int, folder: Path, *, solve_gated: bool = False
+) -> ExportManifest:
     """Write a folder that `from_pretrained` loads, with the model at a version, its tokenizer and a model card.
 
-    Return the manifest.
+    Return the manifest. Solved gated edits are verified on the edits' statements.
     """
     manifest, model = build_manifest(replica, version), replica.base
     patch = replica.patch(version)
-    if any(isinstance(p, GatedPatch) for p in patch.patches):
-        raise InvalidInput(
-            "gated edits are looked up and are in no weight: export an edit set (--format edits), which holds them exactly, "
-            "or a version without them.",
-            "version",
-        )
+    _check_weights_hold(patch, solve_gated)
+    if manifest["solved"]:
+        solving = _solve_patch(replica, version, _verification_texts(manifest, ()))
+        patch, difference = run_to_completion(solving)
+        manifest = manifest | {"difference": difference}
     with replica.use_patch(patch):
         model.model.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(model_card.model_readme(manifest), encoding="utf-8")
     (folder / "palimpsest.json").write_text(pretty_json(manifest), encoding="utf-8")
     return manifest
+
+
+def _verification_texts(manifest: ExportManifest, plain_texts: Sequence[str]) -> list[str]:
+    """Return the texts on which an export is compared with the served version."""
+    return [
+        *_evenly_spaced(_edit_statements(manifest["edits"]), MAX_TEXTS_PER_SOURCE),
+        *_evenly_spaced(plain_texts, MAX_TEXTS_PER_SOURCE),
+    ]
 
 
 def _edit_statements(edits: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -36,6 +36,7 @@ def adapter_readme(manifest: ExportManifest) -> str:
         ),
         "",
         *_base_model_lines(manifest),
+        *_solved_lines(manifest),
         "## Use",
         "",
         "```python",
@@ -55,7 +56,7 @@ def adapter_readme(manifest: ExportManifest) -> str:
         "",
         (
             f"Greatest difference of a logit between the edited model of the service and the base model with this adapter: "
-            f"**{measured['adapter']:.1e}**, in {manifest['base']['dtype']}, over {measured['positions']} positions of {measured['texts']} texts "
+            f"**{measured['export']:.1e}**, in {manifest['base']['dtype']}, over {measured['positions']} positions of {measured['texts']} texts "
             f"(statements of edits, and plain texts). The edits change a logit by up to {measured['edits']:.3g}. "
             f"The most probable token is the same at {100 * measured['agreement']:.2f} % of the positions."
         ),
@@ -93,9 +94,26 @@ def model_readme(manifest: ExportManifest) -> str:
         f"Exported by Palimpsest: the base model with the edits active at version {manifest['version']} of its ledger in its weights.",
         "",
         *_base_model_lines(manifest),
+        *_solved_lines(manifest),
         *_edit_table(manifest["edits"]),
     ]
     return "\n".join(lines)
+
+
+def _solved_lines(manifest: ExportManifest) -> list[str]:
+    """Return what solving gated edits into weights changed; nothing for a model without gated edits."""
+    if not manifest["solved"]:
+        return []
+    measured = manifest["difference"]
+    return [
+        (
+            f"Gated edits that are solved into the weights: {manifest['solved']}. The service looks them up. "
+            f"A logit differs from that of the service by up to **{measured['export']:.1e}** over {measured['positions']} positions of "
+            f"{measured['texts']} texts, and the edits change a logit by up to {measured['edits']:.3g}. The most probable token is the same "
+            f"at {100 * measured['agreement']:.2f} % of the positions."
+        ),
+        "",
+    ]
 
 
 def _edit_count_text(manifest: ExportManifest) -> str:
@@ -109,7 +127,7 @@ def _base_model_lines(manifest: ExportManifest) -> list[str]:
         f"- base model: `{base['name']}` ({base['architecture']}), {base['dtype']}, fingerprint `{base['fingerprint']}`"
     ]
     lines.append(
-        f"- digest of the edited weights, as attested by the workers of the service: `{manifest['digest']}`"
+        f"- digest of the version, as attested by the workers of the service: `{manifest['digest']}`"
     )
     if base["bos_token"]:
         lines.append(

@@ -123,6 +123,11 @@ def gate_of(update: EditUpdate) -> Gate | None:
     return update.gate if isinstance(update, Association) else None
 
 
+def without_gate(update: EditUpdate) -> EditUpdate:
+    """Return the update as one that is solved into the weight of its layer."""
+    return replace(update, gate=None) if isinstance(update, Association) else update
+
+
 @dataclass(frozen=True)
 class LowRank:
     """A change of a weight, left @ right: left (d, n) in fp64; right (n, D), which is widened to fp64 where it is

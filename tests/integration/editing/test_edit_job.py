@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -12,6 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
+from safetensors.torch import load as safetensors_load
+from safetensors.torch import load_file
 
 from service.application import Services
 from service.covariance.corpus import Corpus
@@ -27,7 +32,7 @@ from service.editing.guard import Check, CheckName, GuardResult
 from service.editing.probes import Probe, edit_holds, neighbor_preserved, probe_of_entry
 from service.engine.versioned_model import VersionedModel
 from service.errors import Cancelled, Conflict, DigestMismatch, InvalidInput, PalimpsestError, Unavailable
-from service.exporting.export_job import write_model
+from service.exporting.export_job import export_version, write_model
 from service.jobs.job_store import ClaimedJob
 from service.jobs.memory_broker import MemoryBroker
 from service.kit.steps import (
@@ -45,7 +50,7 @@ from service.models.token_batch import tokenize_prompt_and_target
 from service.patches.gated_patch import GatedPatch
 from service.patches.patch import PatchSet
 from service.recipes.recipe import Recipe
-from service.schemas import EditRequest, ExportRequest
+from service.schemas import EditRequest, ExportRequest, WorkerExportRequest
 from service.settings import Settings
 from service.weights import composition
 from service.weights.composition import apply_delta, compose_layer
@@ -1356,7 +1361,8 @@ def test_an_edit_that_cannot_be_gated_is_refused(harness: EditingHarness, more: 
 
 
 def test_gated_edits_are_exported_as_an_edit_set_only(harness: EditingHarness, tmp_path: Path) -> None:
-    """Formats of weights are refused with an error that names the edits, and the format that holds them."""
+    """Formats of weights are refused with an error that names the edits, and the format that holds them. An edit set
+    has nothing to solve."""
     edit = harness.run_edit(**GATED)
     for file_format in ("peft", "safetensors"):
         request = ExportRequest.model_validate({"format": file_format})
@@ -1364,6 +1370,69 @@ def test_gated_edits_are_exported_as_an_edit_set_only(harness: EditingHarness, t
             harness.services.exports.submit(request, "somebody")
     with pytest.raises(InvalidInput, match=r"edit set \(--format edits\)"):
         write_model(harness.replica, 1, tmp_path)
+    with pytest.raises(ValidationError, match="leave out `solve_gated`"):
+        ExportRequest.model_validate({"format": "edits", "solve_gated": True})
     submitted = harness.services.exports.submit(ExportRequest(version="head", format="edits"), "somebody")
     file = harness.services.exports.open_file(submitted["id"])
     assert len(b"".join(file.chunks)) == file.size == submitted["result"]["bytes"]
+
+
+def export_solved(harness: EditingHarness, version: int, file_format: str) -> tuple[bytes, dict[str, Any]]:
+    file = io.BytesIO()
+    request = WorkerExportRequest.model_validate(
+        {"version": version, "format": file_format, "solve_gated": True}
+    )
+    manifest = run_to_completion(export_version(harness.replica, TEXTS, request, file))
+    return file.getvalue(), manifest
+
+
+def test_solved_export_has_the_weights_of_the_same_edit_in_the_weights(
+    harness: EditingHarness, tmp_path: Path
+) -> None:
+    """A gated edit that an export solves gives the bytes of the same edit in the form of weights, as a file and as a
+    model. The manifest has the difference from the gated version."""
+    gated = harness.run_edit(**GATED)
+    harness.revert(gated)
+    harness.run_edit(form="weights")
+    data, manifest = export_solved(harness, 1, "safetensors")
+    expected = {harness.model.parameter_name(ref): t for ref, t in harness.replica.weights(3).items()}
+    assert all(torch.equal(t, expected[name]) for name, t in safetensors_load(data).items())
+    assert (manifest["solved"], manifest["version"]) == (1, 1)
+    served, solved = (statement_logits(harness, version) for version in (1, 3))
+    assert manifest["difference"]["export"] >= float((served - solved).abs().max()) * 0.9 > 0
+    write_model(harness.replica, 1, tmp_path, solve_gated=True)
+    whole = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(whole[name], t) for name, t in expected.items())
+    assert "Gated edits that are solved into the weights: 1." in (tmp_path / "README.md").read_text()
+
+
+def statement_logits(harness: EditingHarness, version: int) -> torch.Tensor:
+    return logits_at(harness, version, "Look at the Eiffel Tower is")  # as the file is verified
+
+
+def test_solved_adapter_is_that_of_the_same_edit_in_the_weights(harness: EditingHarness) -> None:
+    """The adapter of a gated edit that is solved has the tensors of the adapter of the edit in the weights."""
+    gated = harness.run_edit(**GATED)
+    harness.revert(gated)
+    harness.run_edit(form="weights")
+    adapters = [zip_member(export_solved(harness, v, "peft")[0]) for v in (1, 3)]
+    assert adapters[0] == adapters[1]
+
+
+def zip_member(data: bytes, name: str = "adapter_model.safetensors") -> bytes:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return archive.read(name)
+
+
+def test_solving_changes_an_export_only_if_an_edit_is_gated(harness: EditingHarness) -> None:
+    """A version without gated edits has one export, whether or not gated edits were to be solved. A solved export is
+    found again."""
+    harness.run_edit("Louvre", "city")
+    harness.run_edit(**GATED)
+    plain, solving = (
+        ExportRequest(version=1, format="safetensors", solve_gated=value) for value in (False, True)
+    )
+    exports = harness.services.exports
+    assert exports.submit(plain, "somebody")["id"] == exports.submit(solving, "somebody")["id"]
+    gated = solving.model_copy(update={"version": 2})
+    assert exports.submit(gated, "somebody")["id"] == exports.submit(gated, "somebody")["id"]

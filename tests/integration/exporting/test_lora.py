@@ -73,7 +73,7 @@ def test_peft_gives_the_logits_of_the_service(model_type: str, count: int, tmp_p
     assert (edited - logits(model.model, model)).abs().max() > 0.1
     assert (edited - logits(adapted, model)).abs().max() < CLOSE
     assert (edited - logits(adapted.merge_and_unload(), model)).abs().max() < CLOSE
-    assert manifest["difference"]["adapter"] < CLOSE < manifest["difference"]["edits"]
+    assert manifest["difference"]["export"] < CLOSE < manifest["difference"]["edits"]
     assert [x["rank"] for x in manifest["layers"]] == [count, count] and manifest["rank"] == count
 
 
@@ -178,7 +178,7 @@ def test_model_card_reports_measurements(tmp_path: Path) -> None:
     folder = extract_zip(data, tmp_path)
     page = (folder / "README.md").read_text()
     assert model.fingerprint in page and replica.digest(2) in page and "float32" in page
-    assert f"**{manifest['difference']['adapter']:.1e}**" in page
+    assert f"**{manifest['difference']['export']:.1e}**" in page
     assert "| 1 | `transformer.h.1.mlp.c_proj` | 2 | 2 |" in page
     assert "Look at the subject 0 … is" in page and "a\\|b \\`c\\` &lt;i>" in page
     assert json.loads((folder / "palimpsest.json").read_text())["edits"][0]["id"] == "edit_000000"
