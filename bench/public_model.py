@@ -40,12 +40,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from bench.gates import build_gate
 from service.datasets.loading import read_records
 from service.datasets.record import Record, record_fits, true_statements
-from service.editing.associations import forward_activations
 from service.editing.context import EditInput, build_editor_context
 from service.editing.description import describe_subjects, measure_descriptions
-from service.editing.edit_spec import build_edit_spec
 from service.editing.greedy_text import generate_greedy
 from service.editing.probes import Probe, name_share, probe_fits, run_probes
 from service.editing.restatement import name_prompt
@@ -148,15 +147,7 @@ class PublicModelExperiment:
         """Return an association with the gate that its edit has in the form gated. The search is the same."""
         parameters = self.parameters
         assert isinstance(parameters, RomeParameters)
-        parameters = parameters.model_copy(update={"form": "gated"})
-        reference = run_to_completion(self.context.get_gate_reference(parameters))
-        assert reference is not None
-        contexts = run_to_completion(self.context.get_contexts(parameters.contexts, parameters.seed))
-        statement = fill_prompt(record.prompt, record.subject)
-        spec = build_edit_spec(self.model, contexts, statement, record.target_new, parameters)
-        texts = [t.through_subject() for t in spec.tokenized.prompts]
-        keys = forward_activations(self.model, texts, parameters.layers, (), None).keys[association.layer]
-        gate = reference.build_gate(keys, record.subject, parameters.gate_threshold)
+        gate = build_gate(self.model, self.context, record, parameters)
         return replace(association, gate=gate)
 
     def choose_strength(self, record: Record, updates: Sequence[EditUpdate]) -> float:

@@ -39,6 +39,7 @@ def print_edit_result(edit: JobJson) -> None:
         )
     if gate := result.get("gate"):
         out.print(strip_control_chars(gate_text(gate)))
+        out.print(strip_control_chars(openings_text(result)))
     for line in side_effect_lines(result):
         out.print(strip_control_chars(line))
     if search := result.get("layer_search"):
@@ -54,10 +55,26 @@ def print_edit_result(edit: JobJson) -> None:
 def gate_text(gate: JobJson) -> str:
     """Return how well the gate of a gated edit distinguishes its subject."""
     verdict = "distinguished from others" if gate["is_apart"] else "not distinguished from others"
+    advice = (
+        ""
+        if gate["is_apart"]
+        else ". Other subjects may be changed, or wordings missed: compare `--form weights`, or raise `--hparam gate_threshold=`"
+    )
     return (
         f"gated: the subject is {verdict} (its keys agree to {gate['agreement']:.2f}; the nearest other one, "
-        f"{truncate(gate['nearest_source'].strip(), MAX_OBJECT_WIDTH)!r}, comes to {gate['nearest']:.2f}; it acts above {gate['threshold']:.2f})"
+        f"{truncate(gate['nearest_source'].strip(), MAX_OBJECT_WIDTH)!r}, comes to {gate['nearest']:.2f}; it acts above {gate['threshold']:.2f}){advice}"
     )
+
+
+def openings_text(result: JobJson) -> str:
+    """Return at which token of its prompt a gated edit acts, and in how many of the other probes it does."""
+    tokens = ", ".join(repr(token.strip()) for token in result["rewrite"]["opened"] or ()) or "no token"
+    counts = [
+        f"{sum(bool(probe['opened']) for probe in probes)} of {len(probes)} {name}"
+        for name, probes in (("paraphrases", result["paraphrase"]), ("neighbors", result["neighborhood"]))
+        if probes
+    ]
+    return f"it acts at {tokens} of its prompt" + "".join(f", in {count}" for count in counts)
 
 
 def side_effect_lines(result: JobJson) -> Iterator[str]:

@@ -369,8 +369,21 @@ function gateText(gate) {
   const other = source.length > 40 ? `${source.slice(0, 39)}…` : source;
   return (
     `the subject is ${gate.is_apart ? "" : "not "}distinguished from others: its keys agree to ${figure(gate.agreement)}, ` +
-    `the nearest other one (“${other}”) comes to ${figure(gate.nearest)}; it acts above ${figure(gate.threshold)}`
+    `the nearest other one (“${other}”) comes to ${figure(gate.nearest)}; it acts above ${figure(gate.threshold)}` +
+    (gate.is_apart ? "" : ". Compare the same edit in the weights, or raise gate_threshold")
   );
+}
+
+/** Say at which tokens of its prompt a gated edit acts, and in how many of the other probes it does. */
+function openingsText(result) {
+  const tokens = (result.rewrite.opened ?? []).map((token) => `“${token.trim()}”`).join(", ");
+  const counts = [
+    ["paraphrases", result.paraphrase],
+    ["neighbors", result.neighborhood],
+  ]
+    .filter(([, probes]) => probes.length)
+    .map(([name, probes]) => `${probes.filter((p) => p.opened?.length).length} of ${probes.length} ${name}`);
+  return [`${tokens || "no token"} of its prompt`, ...counts].join(", ");
 }
 
 function detailSection(edit) {
@@ -399,6 +412,7 @@ function detailSection(edit) {
               .join(", "),
       ],
       ["Gate", result.gate && gateText(result.gate)],
+      ["Acts at", result.gate && openingsText(result)],
       [
         "Perplexity of reference text",
         result.perplexity && `${figure(result.perplexity.before, 4)} → ${figure(result.perplexity.after, 4)}`,

@@ -63,6 +63,8 @@ class CandidateEdit:
 
     resolved_edit: ResolvedEdit
     factors: EditFactors
+    #: of a gated edit: the tokens of each of `ResolvedEdit.probes` at which its gate opens
+    openings: list[list[str]] | None = None
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from service.editing.context import EditorContext
 from service.editing.edit_report import build_provenance, edit_report
 from service.editing.edit_spec import EditFactors, EditSpec, batch_edit_specs, build_edit_spec
 from service.editing.find_factors import find_batch_factors
+from service.editing.gate_openings import find_openings
 from service.editing.greedy_text import generate_greedy
 from service.editing.guard import GuardResult
 from service.editing.layer_search import at_layer, choose_layer, must_choose_layer, trial_of
@@ -244,10 +245,16 @@ class _EditRun:
         factors = yield from find_batch_factors(
             self.replica.base, statistics, [r.spec for r in resolved_jobs]
         )
-        return [
-            PreparedEdit(r.job, r.started_at, CandidateEdit(r.resolved_edit, f))
-            for r, f in zip(resolved_jobs, factors, strict=True)
-        ]
+        prepared: list[PreparedEdit] = []
+        for r, f in zip(resolved_jobs, factors, strict=True):
+            candidate = yield from self._make_candidate(r.resolved_edit, f)
+            prepared.append(PreparedEdit(r.job, r.started_at, candidate))
+        return prepared
+
+    def _make_candidate(self, resolved_edit: ResolvedEdit, factors: EditFactors) -> Stepper[CandidateEdit]:
+        prompts = [probe.prompt for probe in resolved_edit.probes]
+        openings = yield from find_openings(self.replica.base, factors.updates, prompts)
+        return CandidateEdit(resolved_edit, factors, openings)
 
     def _load_imported(self, job: ClaimedJob) -> Stepper[PreparedEdit]:
         """Load the factors of an imported edit. Its strength is fixed: the edit is committed with these bytes or
@@ -270,7 +277,8 @@ class _EditRun:
         updates = deserialize_updates(factors, job.id, job.subject, self.replica.find_gate_space)
         delta_norm = math.sqrt(sum(float(_update_tensor(p).double().norm()) ** 2 for p in updates))
         token = SubjectToken(**body["subject_token"]) if body.get("subject_token") else None
-        candidate = CandidateEdit(resolved_edit, EditFactors(updates, [], delta_norm, 0.0, token))
+        edit_factors = EditFactors(updates, [], delta_norm, 0.0, token)
+        candidate = yield from self._make_candidate(resolved_edit, edit_factors)
         return PreparedEdit(job, started_at, candidate, ImportedFactors(factors, body))
 
     # measuring and committing
@@ -335,9 +343,8 @@ class _EditRun:
     ) -> Stepper[None]:
         """Commit one edit at version head + 1. Raise Conflict when head is another version by now."""
         resolved_edit, edit_factors = prepared.candidate.resolved_edit, prepared.candidate.factors
-        result = edit_report(
-            resolved_edit, edit_factors, guard_result, time.monotonic() - prepared.started_at, batched_with
-        )
+        seconds = time.monotonic() - prepared.started_at
+        result = edit_report(prepared.candidate, guard_result, seconds, batched_with)
         if prepared.imported_factors is None:
             factors = serialize_updates([p.scaled(guard_result.strength) for p in edit_factors.updates])
             body = build_provenance(
@@ -373,7 +380,7 @@ class _EditRun:
             self._raise_if_cancelled(job)
             if request.dry_run or not acceptable:
                 seconds = time.monotonic() - prepared.started_at
-                result = edit_report(candidate.resolved_edit, candidate.factors, guard_result, seconds)
+                result = edit_report(candidate, guard_result, seconds)
                 status = "dry_run_passed" if acceptable else "rejected"
                 yield from retry_while_unavailable(partial(self.job_store.finish, job, status, result))
                 return True

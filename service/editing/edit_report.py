@@ -8,9 +8,8 @@ from dataclasses import asdict
 from importlib.metadata import version as library_version
 from typing import Any
 
-from service.editing.candidate import ResolvedEdit, VersionMeasurement
+from service.editing.candidate import CandidateEdit, ResolvedEdit, VersionMeasurement
 from service.editing.context import EditorContext
-from service.editing.edit_spec import EditFactors
 from service.editing.guard import CheckName, GuardResult
 from service.editing.probes import Probe, ProbeResult, edit_holds, neighbor_preserved
 from service.editing.side_effects import side_effect_report
@@ -23,13 +22,13 @@ from service.scores.scores import share_preferring_new, share_preferring_true
 
 
 def edit_report(
-    resolved_edit: ResolvedEdit,
-    factors: EditFactors,
+    candidate: CandidateEdit,
     guard_result: GuardResult,
     seconds: float,
     batched_with: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the `result` of an edit. `batched_with`: the edits that were measured in the same version."""
+    resolved_edit, factors, openings = candidate.resolved_edit, candidate.factors, candidate.openings
     before, after = guard_result.before, guard_result.after
     first_neighbor = resolved_edit.first_neighbor
 
@@ -41,6 +40,7 @@ def edit_report(
             "source": resolved_edit.probes[i].source,
             "before": before.probe_results[i].probabilities(),
             "after": after.probe_results[i].probabilities(),
+            "opened": openings[i] if openings else None,
         }
 
     return {

@@ -122,12 +122,12 @@ def collect_gate_reference(
     sources: list[str] = []
     total = len(rows) + len(names)
     for number, (ids, source) in enumerate(zip(rows, texts, strict=False)):
-        row_keys = yield from _keys_of(model, space.layer, [ids], Progress(Phase.PREPARE, number, total))
+        row_keys = yield from keys_of_rows(model, space.layer, [ids], Progress(Phase.PREPARE, number, total))
         keys.append(space.project(row_keys))
         sources += [source] * len(row_keys)
     text_keys, done = len(sources), len(rows)
     for batch in batch_by_length(names):
-        captured = yield from _keys_of(model, space.layer, batch, Progress(Phase.PREPARE, done, total))
+        captured = yield from keys_of_rows(model, space.layer, batch, Progress(Phase.PREPARE, done, total))
         ends = torch.tensor([len(ids) for ids in batch]).cumsum(0) - 1
         keys.append(space.project(captured[ends]))
         sources += [model.decode(ids) for ids in batch]
@@ -135,7 +135,9 @@ def collect_gate_reference(
     return GateReference(space, torch.cat(keys), sources, text_keys)
 
 
-def _keys_of(model: LoadedModel, layer: int, rows: list[list[int]], progress: Progress) -> Stepper[Tensor]:
+def keys_of_rows(
+    model: LoadedModel, layer: int, rows: list[list[int]], progress: Progress
+) -> Stepper[Tensor]:
     """Return the keys of all tokens of some rows, row by row, (N, D)."""
     batch = pad(rows, model)
     with capture({0: model.down_proj(layer)}, "input") as captured, stop_after(model.down_proj(layer)):

@@ -43,6 +43,7 @@ from service.kit.steps import (
 )
 from service.kit.text import fill_prompt, token_span
 from service.methods.parameters import RomeParameters
+from service.models.hooks import capture
 from service.models.loading import WeightRef
 from service.models.scoring import log_probs_blocking
 from service.models.separator_choice import choose_separator
@@ -1306,6 +1307,36 @@ def test_forms_are_active_together_and_revert_exactly(harness: EditingHarness) -
     harness.revert(gated)
     assert harness.replica.attest_version(4) == digests[0]
     assert harness.services.ledger.verify()["ok"]
+
+
+def test_report_names_the_tokens_at_which_a_gate_opens(harness: EditingHarness) -> None:
+    """`opened` of each probe has the tokens at which the version differs from the base model at the edited layer: the
+    end of the subject, and none without the subject. An edit in the weights has no list."""
+    probes = {
+        "paraphrase": ["People look at the {} now"],
+        "neighborhood": [{"prompt": "Look at the moon", "target": "the"}],
+    }
+    result = harness.run_edit(**GATED, probes=probes)["result"]
+    reported = [result["rewrite"], *result["paraphrase"], *result["neighborhood"]]
+    assert [p["opened"] for p in reported] == [changed_tokens(harness, 1, p["prompt"]) for p in reported]
+    assert [bool(p["opened"]) for p in reported] == [True, True, False]
+    assert harness.run_edit("Louvre", "city")["result"]["rewrite"]["opened"] is None
+
+
+def changed_tokens(harness: EditingHarness, version: int, text: str) -> list[str]:
+    """Return the tokens of a text at which the output of the edited layer is another one at a version."""
+    outputs: list[torch.Tensor] = []
+    for v in (0, version):
+        with (
+            harness.replica.use_patch(harness.replica.patch(v)) as model,
+            capture({0: model.down_proj(1)}, "output") as captured,
+            torch.no_grad(),
+        ):
+            model.model(input_ids=torch.tensor([model.encode(text)[0]]))
+        outputs.append(captured[0].flatten(0, -2).clone())
+    differs = (outputs[0] != outputs[1]).any(1).tolist()
+    ids = harness.model.encode(text)[0]
+    return [harness.model.decode([i]) for i, changed in zip(ids, differs, strict=True) if changed]
 
 
 def test_form_of_a_request_is_its_hyperparameter(harness: EditingHarness) -> None:

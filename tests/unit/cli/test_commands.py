@@ -330,11 +330,16 @@ def test_edit_says_how_well_a_gate_tells_its_subject_apart(fake: FakeService, ca
     }
     for figures, shown in ((gate, True), (None, False)):
         edit["result"]["gate"] = figures
+        for name, opened in (("rewrite", [" Tower"]), ("paraphrase", [" Tower"]), ("neighborhood", [])):
+            entry = edit["result"][name]
+            (entry if name == "rewrite" else entry[0])["opened"] = opened if figures else None
         answer_edit_with(fake, edit)
         assert main(EDIT) == 0
         printed = capsys.readouterr().out
         assert ("gated: the subject is distinguished from others" in printed) == shown
         assert ("'Galata Tower', comes to 0.55" in printed) == shown
+        acts = "it acts at 'Tower' of its prompt, in 1 of 1 paraphrases, in 0 of 1 neighbors"
+        assert (acts in printed) == shown
 
 
 @pytest.mark.parametrize(
