@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -57,6 +58,13 @@ def classes_of(edited: Sequence[Record], others: Sequence[Record], corpus: Seque
     subjects = [r.subject for r in edited]
     parts = [(r, r.subject.split()[-1]) for r in edited if len(r.subject.split()) > 1]
     neighbors = [n.prompt for r in edited for n in r.neighbours[:2]]
+    objects = [f"Tell me about {r.target_new}." for r in edited]
+
+    def without_subjects(texts: Sequence[str]) -> list[tuple[str, None]]:
+        """Return the first texts that mention no edited subject."""
+        free = (t for t in texts if not any(mentions(t, s) for s in subjects))
+        return [(t, None) for t in islice(free, OTHER_TEXTS)]
+
     return [
         ClassTexts("own prompt", [(r.text, r.subject) for r in edited]),
         ClassTexts("paraphrase", [(p, r.subject) for r in edited for p in r.paraphrases[:2]]),
@@ -65,10 +73,10 @@ def classes_of(edited: Sequence[Record], others: Sequence[Record], corpus: Seque
         ClassTexts(
             "part of the name", [(r.prompt.replace("{}", part), r.subject) for r, part in parts][:OTHER_TEXTS]
         ),
-        ClassTexts("reversed: the new object", [(f"Tell me about {r.target_new}.", None) for r in edited]),
-        ClassTexts("neighbors", [(p, None) for p in neighbors if not any(mentions(p, s) for s in subjects)]),
-        ClassTexts("statements of other facts", [(t, None) for t in true_statements(others)[:OTHER_TEXTS]]),
-        ClassTexts("unrelated text", [(t, None) for t in corpus[REFERENCE_TEXTS:][:OTHER_TEXTS]]),
+        ClassTexts("reversed: the new object", without_subjects(objects)),
+        ClassTexts("neighbors", without_subjects(neighbors)),
+        ClassTexts("statements of other facts", without_subjects(true_statements(others))),
+        ClassTexts("unrelated text", without_subjects(corpus[REFERENCE_TEXTS:])),
     ]
 
 
