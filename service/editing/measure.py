@@ -37,7 +37,7 @@ from service.patches.patch import PatchSet
 from service.recipes.strength_schedule import StrengthSchedule, strength_schedule
 from service.weights.capacity import measure_capacities
 from service.weights.composition import is_change_in_range, is_in_range
-from service.weights.factors import Association, EditUpdate, gate_of
+from service.weights.factors import Association, EditUpdate, weight_updates
 from service.weights.own_change import OwnChanges
 
 #: active edits that are probed for each candidate: those of its subject, then those with the nearest keys
@@ -317,9 +317,7 @@ def _norm_ratios(
     other edits can hide such a change until they are reverted.
     """
     ratios: dict[WeightRef, float] = {}
-    for update in updates:
-        if gate_of(update) is not None:
-            continue  # it changes no weight
+    for update in weight_updates(updates):
         base = replica.base.parameter(update.weight_ref).data
         if not (update.weight_ref in weights_in_range and is_change_in_range(update, base.dtype)):
             ratios[update.weight_ref] = math.inf

@@ -24,9 +24,11 @@ from service.kit.stated_fact import StatedFact
 from service.kit.steps import Phase, Progress, Stepper
 from service.models.loading import LoadedModel, start_token_id
 from service.models.memory_estimates import GIB
+from service.patches.codebook_patch import CodebookPatch
 from service.patches.gated_patch import GatedPatch
 from service.schemas import WorkerExportRequest
 from service.weights.composition import compose_in_steps
+from service.weights.factors import weight_updates
 
 MAX_TEXTS_PER_SOURCE = 64  # texts on which the adapter is verified, of edits and again of plain texts
 MAX_EXPORT_BYTES = GIB  # edited weights that the service stores for download
@@ -103,7 +105,7 @@ def _export_adapter(
     model, version = replica.base, manifest["version"]
     active = yield from replica.active_updates_in_steps(version)
     adapter = LoraAdapter.from_changes(
-        (yield from compose_in_steps(p for group in active.values() for p in group))
+        (yield from compose_in_steps(weight_updates(p for group in active.values() for p in group)))
     )
     yield Progress(Phase.FACTORIZE, 1, 1)
     texts = [
@@ -170,10 +172,10 @@ def write_model(replica: VersionedModel, version: int, folder: Path) -> ExportMa
     """
     manifest, model = build_manifest(replica, version), replica.base
     patch = replica.patch(version)
-    if any(isinstance(p, GatedPatch) for p in patch.patches):
+    if any(isinstance(p, (GatedPatch, CodebookPatch)) for p in patch.patches):
         raise InvalidInput(
-            "gated edits are looked up and are in no weight: export an edit set (--format edits), which holds them exactly, "
-            "or a version without them.",
+            "gated edits and edits by GRACE are looked up and are in no weight: export an edit set (--format edits), which "
+            "holds them exactly, or a version without them.",
             "version",
         )
     with replica.use_patch(patch):

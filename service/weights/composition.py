@@ -53,9 +53,9 @@ from service.models.precision import fp64_device
 from service.weights.factors import (
     Association,
     DenseUpdate,
-    EditUpdate,
     LowRank,
     SolveMode,
+    WeightUpdate,
     column_slices,
 )
 from service.weights.solve import factorize_any_rank, solve_any_rank
@@ -176,12 +176,12 @@ class WeightDelta:
         return torch.cat([change for _, change in self.column_blocks()], 1)
 
 
-def compose(updates: Iterable[EditUpdate]) -> dict[WeightRef, WeightDelta]:
+def compose(updates: Iterable[WeightUpdate]) -> dict[WeightRef, WeightDelta]:
     """Run `compose_in_steps` to completion."""
     return run_to_completion(compose_in_steps(updates))
 
 
-def compose_in_steps(updates: Iterable[EditUpdate]) -> Stepper[dict[WeightRef, WeightDelta]]:
+def compose_in_steps(updates: Iterable[WeightUpdate]) -> Stepper[dict[WeightRef, WeightDelta]]:
     """Return the change of every weight that the updates touch."""
     ordered = sorted(updates, key=lambda p: (p.weight_ref, p.edit))
     deltas: dict[WeightRef, WeightDelta] = {}
@@ -190,7 +190,7 @@ def compose_in_steps(updates: Iterable[EditUpdate]) -> Stepper[dict[WeightRef, W
     return deltas
 
 
-def _compose_weight(updates: Sequence[EditUpdate]) -> Stepper[WeightDelta]:
+def _compose_weight(updates: Sequence[WeightUpdate]) -> Stepper[WeightDelta]:
     by_mode: dict[SolveMode, list[Association]] = {}
     dense_sum: Tensor | None = None
     for update in updates:
@@ -238,7 +238,7 @@ def is_in_range(weight: Tensor) -> bool:
     return bool((low > -largest) & (high < largest))
 
 
-def is_change_in_range(update: EditUpdate, dtype: torch.dtype) -> bool:
+def is_change_in_range(update: WeightUpdate, dtype: torch.dtype) -> bool:
     """Whether the change of an update alone is within the range of a dtype."""
     if isinstance(update, DenseUpdate):
         largest_change = float(update.change.abs().max())
