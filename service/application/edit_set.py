@@ -464,7 +464,7 @@ def _check_label(file: SafetensorsFile, name: str) -> None:
     count = (*file.tensor_infos[name].shape, 0)[0]
     _check_tensor(file.tensor_infos[name], "I64", (_clamp(count, 1, MAX_LABEL),))
     label = file.to_numpy(name)
-    if label[0] < -1 or label[1:].min(initial=0) < 0 or label.max() >= MAX_TOKEN_ID:
+    if label[0] < -1 or label[1:].min(initial=0) < 0 or not 0 <= label.max() < MAX_TOKEN_ID:
         raise InvalidInput(f"{name} must have token ids.")
 
 

@@ -14,9 +14,9 @@ GRACE = EditMethod(
     IMPLEMENTATION,
     solve=None,
     keeps_codebook=True,
-    default_depth=0.69,
+    default_depth=0.5,
     search_space=(
-        ({"radius": 0.1}, {"radius": 0.25}, {"radius": 0.4}, {"radius": 0.55}, {"radius": 0.7}),
+        ({"radius": 0.1}, {"radius": 0.25}, {"radius": 0.4}, {"radius": 0.55}),
         ({"learning_rate": 0.03}, {"learning_rate": 0.3}),
     ),
     searched_layers="late",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -90,9 +91,7 @@ def outputs(book: Codebook, inputs: Tensor) -> list[Tensor | None]:
 
 def assert_equal_outputs(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> None:
     assert [x is None for x in one] == [x is None for x in other]
-    assert all(
-        torch.equal(x, y) for x, y in zip(one, other, strict=True) if x is not None and y is not None
-    )
+    assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True) if x is not None and y is not None)
 
 
 def is_clear(keys: Sequence[Tensor], radii: Sequence[float], inputs: Tensor) -> bool:
@@ -101,7 +100,7 @@ def is_clear(keys: Sequence[Tensor], radii: Sequence[float], inputs: Tensor) -> 
         distances = sorted((distance(x, k), r) for k, r in zip(keys, radii, strict=True))
         if any(abs(far - r) < 1e-6 for far, r in distances):
             return False
-        if any(1e-9 < b[0] - a[0] < 1e-6 for a, b in zip(distances, distances[1:], strict=False)):
+        if any(1e-9 < b[0] - a[0] < 1e-6 for a, b in pairwise(distances)):
             return False
     return True
 
