@@ -33,13 +33,7 @@ from service.patches.gated_patch import GatedPatch
 from service.patches.patch import BASE, PatchSet, weights_patch
 from service.weights.capacity import average_capacities_in_steps
 from service.weights.composition import apply_delta_in_steps, compose_in_steps
-from service.weights.factors import (
-    Association,
-    CodebookEntry,
-    EditUpdate,
-    deserialize_updates,
-    weight_updates,
-)
+from service.weights.factors import Association, CodebookEntry, EditUpdate, deserialize_updates
 from service.weights.gate_space import GateSpace, deserialize_gate_space
 
 T = TypeVar("T")
@@ -172,7 +166,7 @@ class VersionedModel:
         """Return the patches for a set of updates: the edited weights, computed from the base bytes, the rows of gated
         associations, and codebooks."""
         updates = list(updates)
-        deltas = yield from compose_in_steps(weight_updates(updates))
+        deltas = yield from compose_in_steps(updates)
         weights: dict[WeightRef, Tensor] = {}
         for site, delta in deltas.items():
             weights[site] = yield from apply_delta_in_steps(

@@ -16,7 +16,7 @@ from service.evaluation.strengths import choose_group_strengths
 from service.kit.steps import Phase, Progress, Stepper, report_as
 from service.patches.patch import BASE, PatchSet, weights_patch
 from service.weights.composition import apply_delta, compose
-from service.weights.factors import EditUpdate, weight_updates
+from service.weights.factors import EditUpdate
 
 
 class SequenceComposition(Protocol):
@@ -109,8 +109,7 @@ def add_updates(replica: VersionedModel, patch: PatchSet, updates: Sequence[Edit
     conv1d = replica.base.architecture.conv1d
     with replica.use_patch(patch) as model:
         updated = {
-            s: apply_delta(model.parameter(s).data, change, conv1d)
-            for s, change in compose(weight_updates(updates)).items()
+            s: apply_delta(model.parameter(s).data, change, conv1d) for s, change in compose(updates).items()
         }
     return weights_patch({**patch.weights, **updated})
 

@@ -28,7 +28,6 @@ from service.patches.codebook_patch import CodebookPatch
 from service.patches.gated_patch import GatedPatch
 from service.schemas import WorkerExportRequest
 from service.weights.composition import compose_in_steps
-from service.weights.factors import weight_updates
 
 MAX_TEXTS_PER_SOURCE = 64  # texts on which the adapter is verified, of edits and again of plain texts
 MAX_EXPORT_BYTES = GIB  # edited weights that the service stores for download
@@ -105,7 +104,7 @@ def _export_adapter(
     model, version = replica.base, manifest["version"]
     active = yield from replica.active_updates_in_steps(version)
     adapter = LoraAdapter.from_changes(
-        (yield from compose_in_steps(weight_updates(p for group in active.values() for p in group)))
+        (yield from compose_in_steps(p for group in active.values() for p in group))
     )
     yield Progress(Phase.FACTORIZE, 1, 1)
     texts = [

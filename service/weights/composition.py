@@ -53,10 +53,12 @@ from service.models.precision import fp64_device
 from service.weights.factors import (
     Association,
     DenseUpdate,
+    EditUpdate,
     LowRank,
     SolveMode,
     WeightUpdate,
     column_slices,
+    weight_updates,
 )
 from service.weights.solve import factorize_any_rank, solve_any_rank
 
@@ -176,14 +178,14 @@ class WeightDelta:
         return torch.cat([change for _, change in self.column_blocks()], 1)
 
 
-def compose(updates: Iterable[WeightUpdate]) -> dict[WeightRef, WeightDelta]:
+def compose(updates: Iterable[EditUpdate]) -> dict[WeightRef, WeightDelta]:
     """Run `compose_in_steps` to completion."""
     return run_to_completion(compose_in_steps(updates))
 
 
-def compose_in_steps(updates: Iterable[WeightUpdate]) -> Stepper[dict[WeightRef, WeightDelta]]:
-    """Return the change of every weight that the updates touch."""
-    ordered = sorted(updates, key=lambda p: (p.weight_ref, p.edit))
+def compose_in_steps(updates: Iterable[EditUpdate]) -> Stepper[dict[WeightRef, WeightDelta]]:
+    """Return the change of every weight that the updates touch. Those that are looked up touch none."""
+    ordered = sorted(weight_updates(updates), key=lambda p: (p.weight_ref, p.edit))
     deltas: dict[WeightRef, WeightDelta] = {}
     for weight_ref, group in groupby(ordered, lambda p: p.weight_ref):
         deltas[weight_ref] = yield from _compose_weight(list(group))

@@ -1358,7 +1358,7 @@ def test_gated_edits_are_exported_as_an_edit_set_only(harness: EditingHarness, t
 
 # edits by GRACE
 
-GRACE = {
+GRACE: dict[str, Any] = {
     "method": "grace",
     "hparams": {"layers": [1], "steps": 20, "learning_rate": 0.3, "stop_loss": 0.0, "radius": 0.05},
 }

@@ -65,7 +65,8 @@ def loss_with_value(model: LoadedModel, target: str, value: Tensor) -> Tensor:
     with replace_output(model.down_proj(1), put):
         logits = model.model(input_ids=torch.tensor([prompt + object_])).logits[0]
     log_p = logits[len(prompt) - 1 : -1].log_softmax(-1)
-    return -log_p[range(len(object_)), object_].mean()
+    loss: Tensor = -log_p[range(len(object_)), object_].mean()
+    return loss
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -123,7 +124,7 @@ def test_the_patch_says_the_object(model_type: str) -> None:
 
 def test_a_radius_may_be_a_number() -> None:
     """`radius_unit` absolute is the published form: the radius does not depend on the key."""
-    published = {"radius": 1.0, "radius_unit": "absolute", "compat": "hartvigsen2023"}
+    published: dict[str, Any] = {"radius": 1.0, "radius_unit": "absolute", "compat": "hartvigsen2023"}
     entry = entry_of(find(tiny(), steps=1, **published))
     assert (entry.radius, entry.replayed) == (1.0, True)
 

@@ -123,7 +123,7 @@ def test_stop_after_hides_no_other_error() -> None:
         1 / 0  # noqa: B018
 
 
-def _fails(*_: Any) -> Tensor:
+def _fails(*_: Any) -> Any:
     raise ZeroDivisionError
 
 
