@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,8 +34,8 @@ from service.kit.steps import Phase, Progress, Stepper, run_to_completion
 from service.models.precision import fp64_device
 from service.weights.factors import CodebookEntry
 
-ROWS_PER_STEP = 128  # of the distances between all keys
-REPLAYED_PER_STEP = 32  # entries
+ROWS_PER_STEP = 64  # of the distances between all keys
+REPLAYED_PER_STEP = 64  # entries
 SPLIT_GAP = 1e-5  # what the published code leaves between two balls that it splits
 
 
@@ -59,10 +60,15 @@ class Codebook:
         """Return the codebook on a device, or on the CPU where the device has no fp64."""
         return Codebook(self.layer, *(t.to(fp64_device(device)) for t in self.tensors().values()))
 
+    @cached_property
+    def _squares(self) -> Tensor:
+        """|q_i|^2, (n,)."""
+        return self.keys.square().sum(1)
+
     def look_up(self, inputs: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the numbers (m,) of the inputs (T, D) that lie in the ball of their nearest key, and the values (m, d)
         there; None if none does."""
-        distances = distances_between(inputs.to(self.keys.device), self.keys)
+        distances = distances_between(inputs.to(self.keys.device), self.keys, self._squares)
         nearest = distances.argmin(1)
         distance = distances.gather(1, nearest[:, None])[:, 0]
         within = (distance <= self.radii[nearest]).nonzero()[:, 0]
@@ -78,24 +84,26 @@ class _ReplayedRow:
     value: Tensor
 
 
-def distances_between(rows: Tensor, keys: Tensor) -> Tensor:
-    """Return |x_t - q_i| in fp64, (T, n), of rows (T, D) and keys (n, D)."""
+def distances_between(rows: Tensor, keys: Tensor, squares: Tensor | None = None) -> Tensor:
+    """Return |x_t - q_i| in fp64, (T, n), of rows (T, D) and keys (n, D); `squares`: |q_i|^2, where they are known."""
     x, q = rows.double(), keys.double()
-    squares = x.square().sum(1)[:, None] + q.square().sum(1)[None] - 2 * (x @ q.T)
-    return squares.clamp_(min=0).sqrt_()
+    squares = q.square().sum(1) if squares is None else squares
+    squared = torch.addmm(squares[None], x, q.T, alpha=-2).add_(x.square().sum(1)[:, None])
+    return squared.clamp_(min=0).sqrt_()
 
 
 def order_free_radii(entries: Sequence[CodebookEntry]) -> Stepper[Tensor]:
     """Return the radii (n,) in fp64: those of the entries, at most half of the distance to the nearest key of another
     label."""
     keys = torch.stack([e.key for e in entries]).double()
+    squares = keys.square().sum(1)
     number_of_label = {label: i for i, label in enumerate(sorted({e.label for e in entries}))}
     labels = torch.tensor([number_of_label[e.label] for e in entries])
     radii = torch.tensor([e.radius for e in entries], dtype=torch.float64)
     for start in range(0, len(entries), ROWS_PER_STEP):
         at = slice(start, start + ROWS_PER_STEP)
         other = labels[at, None] != labels[None]
-        distances = distances_between(keys[at], keys).masked_fill(~other, torch.inf)
+        distances = distances_between(keys[at], keys, squares).masked_fill(~other, torch.inf)
         radii[at] = torch.minimum(radii[at], distances.amin(1) / 2)
         yield Progress(Phase.COMPOSE, min(start + ROWS_PER_STEP, len(entries)), len(entries))
     return radii
@@ -103,16 +111,19 @@ def order_free_radii(entries: Sequence[CodebookEntry]) -> Stepper[Tensor]:
 
 def _replay(entries: Sequence[CodebookEntry]) -> Stepper[list[_ReplayedRow]]:
     """Return the rows that the published code has after these entries, in their order."""
-    rows: list[_ReplayedRow] = []
     keys = torch.stack([e.key for e in entries]).double()
-    kept = torch.empty_like(keys)  # the keys of `rows`, in their order
-    for number, entry in enumerate(entries):
-        radius = _add_entry(rows, entry, distances_between(keys[number : number + 1], kept[: len(rows)])[0])
-        if radius is not None:
-            kept[len(rows)] = keys[number]
-            rows.append(_ReplayedRow(entry, radius, entry.value))
-        if number % REPLAYED_PER_STEP == 0:
-            yield Progress(Phase.COMPOSE, number, len(entries))
+    squares = keys.square().sum(1)
+    rows: list[_ReplayedRow] = []
+    kept: list[int] = []  # the numbers of the entries whose keys `rows` have
+    for start in range(0, len(entries), REPLAYED_PER_STEP):
+        batch = entries[start : start + REPLAYED_PER_STEP]
+        distances = distances_between(keys[start : start + len(batch)], keys, squares)
+        for number, entry in enumerate(batch):
+            radius = _add_entry(rows, entry, distances[number, kept])
+            if radius is not None:
+                kept.append(start + number)
+                rows.append(_ReplayedRow(entry, radius, entry.value))
+        yield Progress(Phase.COMPOSE, start + len(batch), len(entries))
     return rows
 
 
