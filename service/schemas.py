@@ -525,6 +525,12 @@ class EvaluationPlan(RequestModel):
                 "edits that are computed on the edited model have one strength: give one.",
                 "strengths",
             )
+        is_gated = (self.hparams or {}).get("form") == "gated"
+        if self.search_model == "edited" and (is_gated or METHODS[self.method].keeps_codebook):
+            raise InvalidInput(
+                "edits that are looked up are computed on the base model: leave search_model out.",
+                "search_model",
+            )
 
 
 MAX_RECORDS = 2000  #: maximum number of records of one evaluation

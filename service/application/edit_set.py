@@ -45,6 +45,9 @@ _CHUNK = 1_000_000  # bytes of a file that are read at once
 MAX_MAGNITUDE = 1e30  # of a number in a tensor; products of larger ones leave the range of fp32
 NORM_TOLERANCE = 1e-3  # of a key of a gate, whose norm is 1 before it is rounded to fp32
 _GATE_PARTS = ("keys", "blocked", "threshold", "space")  # the tensors of a gate
+MAX_LABEL = 4096  #: tokens of the object of an edit
+MAX_TOKEN_ID = 2**31
+_ENTRY_DTYPES = {"radius": "F64", "replayed": "U8"}  # of an entry of a codebook; its other numbers are F32
 _GATE_SPACE = re.compile(r"gate_space\.([0-9a-f]{64})")  # the name of a gate space in a file
 #: short texts by name, such as versions of libraries
 Labels = Annotated[dict[str, Annotated[str, Field(max_length=200)]], Field(max_length=128)]
@@ -397,15 +400,20 @@ def _check_factors(
     mode_names = (
         {n for n in file.tensor_infos if _is_solve_mode(n, layers)} if method.needs_covariance else set()
     )
-    expected_names = {*expected_shapes, *gate_names}
+    label_names = {f"codebook.{x}.label" for x in layers} if method.keeps_codebook else set()
+    expected_names = {*expected_shapes, *gate_names, *label_names}
     if set(file.tensor_infos) - mode_names != expected_names or len(mode_names) > len(layers):
         raise InvalidInput(f"their names are not those of {provenance.method} at the layers {layers}.")
-    for name in file.tensor_infos:
-        if name in gate_names:
-            continue
+    for name in set(file.tensor_infos) - gate_names - label_names:
         dtype, shape = ("F64", (1,)) if name in mode_names else ("F32", expected_shapes[name])
+        dtype = _ENTRY_DTYPES.get(name.rpartition(".")[2], dtype) if method.keeps_codebook else dtype
         _check_tensor(file.tensor_infos[name], dtype, shape)
-        _check_numbers(name, file.to_numpy(name), may_be_negative=name not in mode_names)
+        is_positive = name in mode_names or name.endswith(".radius")
+        _check_numbers(name, file.to_numpy(name), may_be_negative=not is_positive)
+    for name in label_names:
+        _check_label(file, name)
+    if method.keeps_codebook:
+        _check_replayed(file, layers, provenance)
     return frozenset(_check_gate(file, x, spaces) for x in gated_layers)
 
 
@@ -428,6 +436,10 @@ def _factor_shapes(
     method = METHODS[provenance.method]
     if method.needs_covariance:
         return {n: s for x in layers for n, s in _association_shapes(str(x), shapes).items()}
+    if method.keeps_codebook:
+        d, D = shapes["mlp"]
+        sizes = {"key": D, "output": d, "value": d, "radius": 1, "replayed": 1}
+        return {f"codebook.{x}.{name}": (n,) for x in layers for name, n in sizes.items()}
     parts = [part for part in shapes if (part != "mlp") == (method.trained_part == "attention")]
     return {f"weight.{x}.{part}": tuple(shapes[part]) for x in layers for part in parts}
 
@@ -445,6 +457,23 @@ def _check_numbers(name: str, numbers: np.ndarray[Any, Any], may_be_negative: bo
         raise InvalidInput(f"{name} has values that are not finite, or negative where they must not be.")
     if max(-low, high) > MAX_MAGNITUDE:
         raise InvalidInput(f"{name} has values above {MAX_MAGNITUDE:g}.")
+
+
+def _check_label(file: SafetensorsFile, name: str) -> None:
+    """Raise InvalidInput unless a label is a list of token ids, which may begin with -1."""
+    count = (*file.tensor_infos[name].shape, 0)[0]
+    _check_tensor(file.tensor_infos[name], "I64", (_clamp(count, 1, MAX_LABEL),))
+    label = file.to_numpy(name)
+    if label[0] < -1 or label[1:].min(initial=0) < 0 or not 0 <= label.max() < MAX_TOKEN_ID:
+        raise InvalidInput(f"{name} must have token ids.")
+
+
+def _check_replayed(file: SafetensorsFile, layers: Sequence[int], provenance: EditProvenance) -> None:
+    """Raise InvalidInput unless the entries have the radii that the hyperparameters name."""
+    replayed = int(provenance.hparams.get("compat") is not None)
+    for name in (f"codebook.{x}.replayed" for x in layers):
+        if file.to_numpy(name)[0] != replayed:
+            raise InvalidInput(f"{name} must be {replayed}, as hparams.compat says.")
 
 
 def _check_gate(file: SafetensorsFile, layer: int, spaces: Mapping[str, _GateSpaceShape]) -> str:

@@ -22,7 +22,8 @@ from service.jobs import artifacts, views
 from service.jobs.views import OPEN_STATUSES, ResourceDict
 from service.kit.versions import resolve_version
 from service.ledger import ledger
-from service.methods.registry import METHODS
+from service.methods.method import EditMethod
+from service.methods.registry import DEFAULT_METHOD, METHODS
 from service.schemas import ExportRequest, Version
 
 EDIT_SET_MEDIA_TYPE = "application/octet-stream"
@@ -234,6 +235,13 @@ def _check_exportable(
     """Raise InvalidInput if the version has no active edits, or if the format cannot represent them."""
     if not active_entries:
         raise InvalidInput(f"no edit is active at version {version}: there is nothing to export.", "version")
+    in_codebooks = [e.edit_id for e in active_entries if _method_of(e).keeps_codebook]
+    if in_codebooks and format != "edits":
+        raise InvalidInput(
+            f"edits by GRACE are looked up and are in no weight: {_some_ids(in_codebooks)}. Export an edit set (format=edits), "
+            "which holds them exactly, or a version without them.",
+            "format",
+        )
     gated = _gated_edits(active_entries)
     if gated and format != "edits" and not solve_gated:
         raise InvalidInput(
@@ -242,13 +250,17 @@ def _check_exportable(
             "version without them.",
             "format",
         )
-    dense = [e.edit_id for e in active_entries if not METHODS[e.body.get("method", "rome")].needs_covariance]
+    dense = [e.edit_id for e in active_entries if not _method_of(e).needs_covariance]
     if format == "peft" and dense:
         raise InvalidInput(
             f"an adapter holds low-rank changes, and fine-tuning changes whole weights: {_some_ids(dense)}. Export the edited weights "
             "(format=safetensors), or a version without these edits.",
             "format",
         )
+
+
+def _method_of(entry: ledger.Entry) -> EditMethod:
+    return METHODS[entry.body.get("method", DEFAULT_METHOD)]
 
 
 def _some_ids(ids: Sequence[str]) -> str:

@@ -58,7 +58,14 @@ from service.models.memory_estimates import require_memory
 from service.models.separator_choice import choose_separator
 from service.recipes.recipe import resolve_hparams
 from service.schemas import EditRequest
-from service.weights.factors import DenseUpdate, EditUpdate, deserialize_updates, gate_of, serialize_updates
+from service.weights.factors import (
+    CodebookEntry,
+    DenseUpdate,
+    EditUpdate,
+    deserialize_updates,
+    gate_of,
+    serialize_updates,
+)
 
 ANSWER_TOKENS = 16  # at most, of the answer whose beginning is the true object, where a request names none
 HEAD_MOVED = Progress(Phase.RETRY, 0, 1)
@@ -398,6 +405,9 @@ def _one_step(progress: Progress) -> Stepper[None]:
 
 
 def _update_tensor(update: EditUpdate) -> Tensor:
+    """Return what an update changes: a weight, or a value."""
+    if isinstance(update, CodebookEntry):
+        return update.value - update.output
     return update.change if isinstance(update, DenseUpdate) else update.value
 
 

@@ -14,11 +14,12 @@ from service.editing.value_optimizer import ValueSearchSpec
 from service.gating.gate_reference import GateReference, GateReport
 from service.kit.separator import Separator
 from service.kit.text import Statement, normalize_whitespace
-from service.methods.parameters import FineTuneParameters, Parameters
+from service.methods.parameters import FineTuneParameters, GraceParameters, Parameters
 from service.methods.registry import DEFAULT_METHOD, get_method
 from service.models.budget import block_flops, group_budget
 from service.models.loading import LoadedModel, WeightRef
 from service.models.memory_estimates import edit_bytes
+from service.models.token_batch import TokenizedStatement
 from service.schemas import Objective
 from service.weights.factors import EditUpdate
 
@@ -105,7 +106,37 @@ class FineTuneSpec:
         )
 
 
-EditSpec = ValueEditSpec | FineTuneSpec
+@dataclass(frozen=True)
+class CodebookSpec:
+    """An edit that is an entry of a codebook. It has one text, the bare statement."""
+
+    tokenized: TokenizedContexts
+    parameters: GraceParameters
+    subject: str
+    edit: str = ""
+    method: str = "grace"
+    objective: Objective = "write"
+    noise: Tensor | None = field(default=None, repr=False, compare=False)  #: (n, d) on the subject
+
+    @property
+    def target(self) -> list[int]:
+        """The object's tokens."""
+        return self.tokenized.targets[0]
+
+    @property
+    def text(self) -> TokenizedStatement:
+        """The statement with its object but the last token. The edited token is the last one of the prompt."""
+        ids = self.tokenized.prompts[0].ids
+        return TokenizedStatement(ids + self.target[:-1], (len(ids) - 1, len(ids)))
+
+    def peak_bytes(self, model: LoadedModel) -> int:
+        """Return the peak memory of the search, in bytes."""
+        prefix_length, suffix_length = self.text.edited_index, len(self.target)
+        (layer,) = self.parameters.layers
+        return edit_bytes(model, 1, prefix_length, suffix_length, layer, suffix_length)
+
+
+EditSpec = ValueEditSpec | FineTuneSpec | CodebookSpec
 
 
 def build_edit_spec(
@@ -127,8 +158,10 @@ def build_edit_spec(
     search. `tokens_after`: the subject's tokens after the edited one (`choose_subject_token`). `gate_reference`: of a
     gated edit."""
     subject = normalize_whitespace(statement.text[slice(*statement.span)])
-    if isinstance(parameters, FineTuneParameters):
+    if isinstance(parameters, (FineTuneParameters, GraceParameters)):
         tokenized_prompt = tokenize_contexts(model, statement, target, (), chosen=separator)
+        if isinstance(parameters, GraceParameters):
+            return CodebookSpec(tokenized_prompt, parameters, subject, edit, method, objective, noise)
         return FineTuneSpec(tokenized_prompt, parameters, subject, edit, method, objective, noise)
     restated = parameters.restatement_weight > 0
     tokenized = tokenize_contexts(
@@ -148,12 +181,13 @@ def build_edit_spec(
 
 def batch_edit_specs(model: LoadedModel, specs: Iterable[EditSpec]) -> list[list[EditSpec]]:
     """Return batches of edits that share a search, in the given order: edits with one implementation and one delta
-    site, as many as the compute budget of a step allows. Weights are trained for one edit at a time."""
+    site, as many as the compute budget of a step allows. Weights, and values of a codebook, are trained for one edit at a
+    time."""
     budget = group_budget(model)
     batches: list[list[EditSpec]] = []
     remaining_budget, current_key = 0, None
     for spec in specs:
-        if isinstance(spec, FineTuneSpec):
+        if not isinstance(spec, ValueEditSpec):
             batches.append([spec])
             current_key = None
             continue

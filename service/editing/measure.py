@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from service.codebooks.codebook import distances_between
 from service.editing.candidate import CandidateEdit, ResolvedEdit, VersionMeasurement
 from service.editing.conflicts import ConflictCandidate, find_conflict_candidates
 from service.editing.context import EditorContext
@@ -37,7 +38,7 @@ from service.patches.patch import PatchSet
 from service.recipes.strength_schedule import StrengthSchedule, strength_schedule
 from service.weights.capacity import measure_capacities
 from service.weights.composition import is_change_in_range, is_in_range
-from service.weights.factors import Association, EditUpdate, gate_of
+from service.weights.factors import Association, CodebookEntry, EditUpdate, weight_updates
 from service.weights.own_change import OwnChanges
 
 #: active edits that are probed for each candidate: those of its subject, then those with the nearest keys
@@ -191,7 +192,8 @@ def _find_conflicts(
 
 def _nearest_edits(active: dict[str, list[EditUpdate]], candidates: Sequence[CandidateEdit]) -> list[str]:
     """Return the active edits to probe for regressions: for each candidate those of its subject, then those whose
-    keys overlap most with its direction, then the newest edits without a key."""
+    keys overlap most with its direction or, in a codebook, are nearest to its key, then the newest edits without a
+    key."""
     keyed = {e: a for e, group in active.items() for a in group[:1] if isinstance(a, Association)}
     keyless = [e for e in active if e not in keyed]
     keys = torch.stack([a.key for a in keyed.values()]) if keyed else torch.empty(0, 0)
@@ -203,9 +205,22 @@ def _nearest_edits(active: dict[str, list[EditUpdate]], candidates: Sequence[Can
         if keyed and isinstance(first_update, Association):
             overlap = (keys @ first_update.direction).abs().sort(descending=True, stable=True).indices
             nearest_keys = [list(keyed)[i] for i in overlap.tolist()]
+        elif isinstance(first_update, CodebookEntry):
+            nearest_keys = _nearest_entries(active, first_update)
         order = dict.fromkeys([*same_subject, *nearest_keys, *reversed(keyless), *active])
         selected |= dict.fromkeys(list(order)[:MAX_REGRESSION_PROBES])
     return list(selected)
+
+
+def _nearest_entries(active: dict[str, list[EditUpdate]], entry: CodebookEntry) -> list[str]:
+    """Return the active edits with an entry in the codebook of an entry, the nearest ones first: theirs are the balls
+    that it can make smaller."""
+    others = {e: a for e, group in active.items() for a in group[:1] if isinstance(a, CodebookEntry)}
+    keys = {e: a.key for e, a in others.items() if a.layer == entry.layer}
+    if not keys:
+        return []
+    distances = distances_between(entry.key[None], torch.stack(list(keys.values())))[0]
+    return [list(keys)[i] for i in distances.sort(stable=True).indices.tolist()]
 
 
 def evaluate_candidates(
@@ -317,9 +332,7 @@ def _norm_ratios(
     other edits can hide such a change until they are reverted.
     """
     ratios: dict[WeightRef, float] = {}
-    for update in updates:
-        if gate_of(update) is not None:
-            continue  # it changes no weight
+    for update in weight_updates(updates):
         base = replica.base.parameter(update.weight_ref).data
         if not (update.weight_ref in weights_in_range and is_change_in_range(update, base.dtype)):
             ratios[update.weight_ref] = math.inf

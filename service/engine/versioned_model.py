@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from service.codebooks.codebook import build_codebook_in_steps
 from service.errors import DigestMismatch
 from service.gating.gated_rows import build_gated_rows
 from service.kit import metrics
@@ -27,11 +28,12 @@ from service.kit.steps import Phase, Progress, Stepper, advance, run_to_completi
 from service.kit.text import normalize_whitespace
 from service.models import memory_estimates
 from service.models.loading import LoadedModel, WeightRef
+from service.patches.codebook_patch import CodebookPatch
 from service.patches.gated_patch import GatedPatch
 from service.patches.patch import BASE, PatchSet, weights_patch
 from service.weights.capacity import average_capacities_in_steps
 from service.weights.composition import apply_delta_in_steps, compose_in_steps
-from service.weights.factors import Association, EditUpdate, deserialize_updates, gate_of
+from service.weights.factors import Association, CodebookEntry, EditUpdate, deserialize_updates
 from service.weights.gate_space import GateSpace, deserialize_gate_space
 
 T = TypeVar("T")
@@ -161,16 +163,29 @@ class VersionedModel:
         return run_to_completion(self.compose_patch_in_steps(updates))
 
     def compose_patch_in_steps(self, updates: Iterable[EditUpdate]) -> Stepper[PatchSet]:
-        """Return the patches for a set of updates: the edited weights, computed from the base bytes, and the rows of
-        gated associations."""
+        """Return the patches for a set of updates: the edited weights, computed from the base bytes, the rows of gated
+        associations, and codebooks."""
         updates = list(updates)
-        deltas = yield from compose_in_steps(u for u in updates if gate_of(u) is None)
+        deltas = yield from compose_in_steps(updates)
         weights: dict[WeightRef, Tensor] = {}
         for site, delta in deltas.items():
             weights[site] = yield from apply_delta_in_steps(
                 self._original[site], delta, self.base.architecture.conv1d
             )
-        return PatchSet((*weights_patch(weights).patches, *self._gated_patches(updates)))
+        codebooks = yield from self._codebook_patches(updates)
+        return PatchSet((*weights_patch(weights).patches, *self._gated_patches(updates), *codebooks))
+
+    def _codebook_patches(self, updates: Sequence[EditUpdate]) -> Stepper[list[CodebookPatch]]:
+        """Return the codebook of each layer, on the device of the layer."""
+        entries: dict[int, list[CodebookEntry]] = {}
+        for u in updates:
+            if isinstance(u, CodebookEntry):
+                entries.setdefault(u.layer, []).append(u)
+        patches: list[CodebookPatch] = []
+        for layer, group in sorted(entries.items()):
+            codebook = yield from build_codebook_in_steps(group)
+            patches.append(CodebookPatch(codebook.to(self.base.weight(layer).device)))
+        return patches
 
     def _gated_patches(self, updates: Sequence[EditUpdate]) -> list[GatedPatch]:
         """Return the rows of each layer and gate space, on the device of the layer."""
@@ -332,7 +347,4 @@ def _default_cache_bytes(free: int | None) -> int:
 
 
 def _factor_bytes(updates: Sequence[EditUpdate]) -> int:
-    return sum(
-        u.key.nbytes + u.direction.nbytes + u.value.nbytes if isinstance(u, Association) else u.change.nbytes
-        for u in updates
-    ) + sum(g.keys.nbytes + g.blocked.nbytes for u in updates if (g := gate_of(u)) is not None)
+    return sum(u.nbytes for u in updates)

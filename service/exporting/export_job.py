@@ -25,6 +25,7 @@ from service.kit.stated_fact import StatedFact
 from service.kit.steps import Phase, Progress, Stepper, run_to_completion
 from service.models.loading import LoadedModel, start_token_id
 from service.models.memory_estimates import GIB
+from service.patches.codebook_patch import CodebookPatch
 from service.patches.gated_patch import GatedPatch
 from service.patches.patch import PatchSet
 from service.schemas import WorkerExportRequest
@@ -95,7 +96,13 @@ def _solved_edits(replica: VersionedModel, version: int) -> int:
 
 
 def _check_weights_hold(patch: PatchSet, solve_gated: bool) -> None:
-    """Raise InvalidInput if a version has gated edits and they are not to be solved into the weights."""
+    """Raise InvalidInput if a version has edits by GRACE, or gated edits that are not to be solved into the weights."""
+    if any(isinstance(p, CodebookPatch) for p in patch.patches):
+        raise InvalidInput(
+            "edits by GRACE are looked up and are in no weight: export an edit set (--format edits), which holds them exactly, "
+            "or a version without them.",
+            "version",
+        )
     if not solve_gated and any(isinstance(p, GatedPatch) for p in patch.patches):
         raise InvalidInput(
             "gated edits are looked up and are in no weight: export an edit set (--format edits), which holds them exactly, "

@@ -23,7 +23,9 @@ DTYPE_SIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1,
     "F8_E5M2": 1, "F8_E4M3": 1, "BOOL": 1,
 }  # fmt: skip
-_NUMPY_DTYPES: dict[str, Any] = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "U8": np.dtype("u1")}
+_NUMPY_DTYPES: dict[str, Any] = {
+    "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "I64": np.dtype("<i8"), "U8": np.dtype("u1"),
+}  # fmt: skip
 
 
 MAX_HEADER = 1_000_000  #: bytes
@@ -124,7 +126,7 @@ class SafetensorsFile:
         return FileSection(self._file, self._offsets[name], self.tensor_infos[name].nbytes)
 
     def to_numpy(self, name: str) -> np.ndarray[Any, Any]:
-        """Return a tensor as an array. Its dtype must be F64, F32 or U8."""
+        """Return a tensor as an array. Its dtype must be F64, F32, I64 or U8."""
         info = self.tensor_infos[name]
         return np.frombuffer(self.read(name), _NUMPY_DTYPES[info.dtype]).reshape(info.shape)
 

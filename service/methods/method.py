@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from service.methods.parameters import FineTuneParameters, RomeParameters
+from service.methods.parameters import Parameters, RomeParameters
 
 ASSOCIATIONS = "service.editing.associations:find_associations"  #: closed-form methods share this search
 FINE_TUNING = "service.editing.fine_tuning:fine_tune_all"
+GRACE = "service.editing.codebook_entries:find_entries"
 
 
 class DirectionSolver(Protocol):
@@ -62,7 +63,7 @@ class EditMethod:
     name: str
     title: str
     paper: str
-    parameters: type[RomeParameters] | type[FineTuneParameters]
+    parameters: type[Parameters]
     implementation: str = ASSOCIATIONS  #: "module:function"; returns the factors of a batch of edits
     solve: SolveRule | None = (
         JOINT_RULE  #: None: the method changes whole weights and needs no statistics of keys
@@ -72,6 +73,7 @@ class EditMethod:
     )
     delta_on_hidden_state: bool = False  #: delta is optimized on the hidden state even for a single layer
     trained_part: Literal["mlp", "attention"] = "mlp"  #: the weights that fine-tuning changes
+    keeps_codebook: bool = False  #: an edit is an entry of a codebook and changes no weight
     fixed_hparams: dict[str, Any] = field(default_factory=dict)  #: override the recipe for "rome"
     default_depth: float | None = (
         None  #: the edited layer, as a fraction of all layers, when no recipe names one

@@ -148,4 +148,49 @@ class FineTuneParameters(BaseModel):
     required_margins: RequiredMargins = ()
 
 
-Parameters = RomeParameters | FineTuneParameters
+class GraceParameters(BaseModel):
+    """Hyperparameters of GRACE (Hartvigsen et al. 2023, section 2), with the names of the authors' code in brackets."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    layers: tuple[int, ...] = Field(
+        min_length=1,
+        max_length=16,
+        description="the layer whose output is replaced; one, from 0 (inner_params)",
+    )
+    steps: int = Field(
+        50, ge=1, le=1000, description="optimization steps of the value (n_iter; authors: 100)"
+    )
+    learning_rate: float = Field(
+        0.1, gt=0, le=10, description="Adam's learning rate for the value (edit_lr; authors: 1)"
+    )
+    stop_loss: float = Field(
+        1e-2, ge=0, description="the optimization stops below this loss; 0: at no loss, as published"
+    )
+    start: Literal["warm", "cold"] = Field(
+        "warm",
+        description='the value before the first step: "warm", the output of the layer; "cold", numbers drawn from [0, 1) '
+        "(val_init; authors: cold)",
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description='seed of the numbers of the start "cold"')
+    radius: float = Field(
+        0.4,
+        ge=0,
+        le=1e6,
+        description="the radius of the ball around a new key, in `radius_unit` (eps; authors: 1)",
+    )
+    radius_unit: Literal["key", "absolute"] = Field(
+        "key",
+        description='"key": the radius is a multiple of the norm of the key; "absolute": a number, as published',
+    )
+    compat: Literal["hartvigsen2023"] | None = Field(
+        None,
+        description="the radii of the published code, which depend on the order of the edits, in place of those that are "
+        "a function of the set of edits",
+    )
+    strengths: Strengths = (1.0,)
+    margin: Margin = 0.0
+    required_margins: RequiredMargins = ()
+
+
+Parameters = RomeParameters | FineTuneParameters | GraceParameters

@@ -17,6 +17,7 @@ MODULES = (
     "emmet",
     "alphaedit",
     "finetune",
+    "grace",
 )
 
 #: name -> method

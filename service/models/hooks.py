@@ -112,6 +112,27 @@ def add_change_by_input(module: nn.Module, change: Callable[[Tensor], Tensor | N
         yield
 
 
+@contextmanager
+def replace_rows_by_input(
+    module: nn.Module, choose: Callable[[Tensor], tuple[Tensor, Tensor] | None]
+) -> Iterator[None]:
+    """Within the context, some rows of a module's output are replaced. `choose` receives the inputs as rows (N, D) and
+    returns the numbers of rows (m,) and their outputs (m, d), or None: then the output stays what it is, byte for
+    byte. So do the other rows."""
+
+    def hook(_module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        chosen = choose(inputs[0].flatten(0, -2))
+        if chosen is None:
+            return output
+        rows, values = chosen
+        changed = output.clone(memory_format=torch.contiguous_format)
+        changed.view(-1, output.shape[-1])[rows.to(output.device)] = values.to(output)
+        return changed
+
+    with _install(module, hook):
+        yield
+
+
 class _StopForward(Exception):
     """Raised by a hook to end a forward pass early."""
 

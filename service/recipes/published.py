@@ -2,7 +2,7 @@
 
 Recipes are found by the shape of a model, not by its name, so that a folder that contains GPT-2 XL needs no
 configuration. Sources: the hyperparameter files of kmeng01/rome and kmeng01/memit (Meng et al. 2022, 2023) and of
-EasyEdit, and of AlphaEdit (Fang et al. 2025).
+EasyEdit, of AlphaEdit (Fang et al. 2025), and of GRACE (Hartvigsen et al. 2023).
 """
 
 from __future__ import annotations
@@ -30,16 +30,33 @@ def _multi_layer_hparams(
     }
 
 
+#: what the authors of GRACE and EasyEdit share; their layer of GPT-2 XL is the MLP's first projection
+_GRACE = {
+    "steps": 100,
+    "learning_rate": 1.0,
+    "stop_loss": 0.0,
+    "start": "cold",
+    "radius": 1.0,
+    "radius_unit": "absolute",
+}
+
+
+def _grace(layer: int, **changes: object) -> dict[str, dict[str, Any]]:
+    return {"grace": {"layers": (layer,), **_GRACE, **changes}}
+
+
 _EASYEDIT = {"steps": 25, "weight_decay": 1e-3}
 _EASYEDIT_MULTI_LAYER = _multi_layer_hparams((4, 5, 6, 7, 8), 15_000.0, clamp=4.0)
 _GPT2_XL = _multi_layer_hparams((13, 14, 15, 16, 17), 20_000.0) | {
     "ft": {"layers": (1,)},
     "ft-l": {"layers": (0,), "epsilon": 5e-4},
     "ft-attn": {"layers": (33,)},
+    **_grace(35),
 }
 _GPTJ = _multi_layer_hparams((3, 4, 5, 6, 7, 8), 15_000.0, steps=25) | {
     "ft": {"layers": (21,)},
     "ft-l": {"layers": (0,), "epsilon": 5e-5},
+    **_grace(25, steps=200),
 }
 
 #: (model_type, layers, width) -> recipe
@@ -50,11 +67,15 @@ PUBLISHED: dict[tuple[str, int, int], Recipe] = {
     ("gptj", 28, 4096): _published("rome: gpt-j-6B", 5, _GPTJ),
     ("gpt_neox", 44, 6144): _published("memit: gpt-neox-20b", 15),
     ("llama", 32, 4096): _published(
-        "EasyEdit: Llama-2-7b, Llama-3-8b", 5, _EASYEDIT_MULTI_LAYER, **_EASYEDIT
+        "EasyEdit: Llama-2-7b, Llama-3-8b", 5, _EASYEDIT_MULTI_LAYER | _grace(27, steps=50), **_EASYEDIT
     ),
-    ("llama", 28, 3072): _published("EasyEdit: Llama-3.2-3b", 5, _EASYEDIT_MULTI_LAYER, **_EASYEDIT),
+    ("llama", 28, 3072): _published(
+        "EasyEdit: Llama-3.2-3b", 5, _EASYEDIT_MULTI_LAYER | _grace(27, steps=50), **_EASYEDIT
+    ),
     ("mistral", 32, 4096): _published("EasyEdit: Mistral-7b", 5, _EASYEDIT_MULTI_LAYER, **_EASYEDIT),
-    ("qwen2", 28, 3584): _published("EasyEdit: Qwen2-7b, Qwen2.5-7b", 5, _EASYEDIT_MULTI_LAYER, **_EASYEDIT),
+    ("qwen2", 28, 3584): _published(
+        "EasyEdit: Qwen2-7b, Qwen2.5-7b", 5, _EASYEDIT_MULTI_LAYER | _grace(18, steps=50), **_EASYEDIT
+    ),
 }
 
 

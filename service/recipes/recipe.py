@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from service.errors import InvalidInput, Misconfigured
 from service.methods.method import EditMethod
-from service.methods.parameters import EditForm, Parameters, RomeParameters
+from service.methods.parameters import EditForm, GraceParameters, Parameters, RomeParameters
 from service.methods.registry import DEFAULT_METHOD, METHODS, get_method
 
 #: what the closed-form methods take from the recipe's values for "rome"
@@ -128,6 +128,10 @@ def resolve_hparams(
         raise InvalidInput("hparams.compat: the published form edits one layer; name one.", "hparams")
     if isinstance(resolved, RomeParameters) and resolved.compat and method != DEFAULT_METHOD:
         raise InvalidInput('hparams.compat: only the method "rome" has the published form.', "hparams")
+    if isinstance(resolved, GraceParameters) and len(resolved.layers) > 1:
+        raise InvalidInput(
+            "hparams.layers: a codebook replaces the output of one layer; name one.", "hparams"
+        )
     if isinstance(resolved, RomeParameters) and resolved.form == "gated":
         _check_can_be_gated(resolved, method)
     invalid_layers = [x for x in resolved.layers if not 0 <= x < layers]

@@ -56,7 +56,9 @@ from service.weights.factors import (
     EditUpdate,
     LowRank,
     SolveMode,
+    WeightUpdate,
     column_slices,
+    weight_updates,
 )
 from service.weights.solve import factorize_any_rank, solve_any_rank
 
@@ -182,15 +184,15 @@ def compose(updates: Iterable[EditUpdate]) -> dict[WeightRef, WeightDelta]:
 
 
 def compose_in_steps(updates: Iterable[EditUpdate]) -> Stepper[dict[WeightRef, WeightDelta]]:
-    """Return the change of every weight that the updates touch."""
-    ordered = sorted(updates, key=lambda p: (p.weight_ref, p.edit))
+    """Return the change of every weight that the updates touch. Those that are looked up touch none."""
+    ordered = sorted(weight_updates(updates), key=lambda p: (p.weight_ref, p.edit))
     deltas: dict[WeightRef, WeightDelta] = {}
     for weight_ref, group in groupby(ordered, lambda p: p.weight_ref):
         deltas[weight_ref] = yield from _compose_weight(list(group))
     return deltas
 
 
-def _compose_weight(updates: Sequence[EditUpdate]) -> Stepper[WeightDelta]:
+def _compose_weight(updates: Sequence[WeightUpdate]) -> Stepper[WeightDelta]:
     by_mode: dict[SolveMode, list[Association]] = {}
     dense_sum: Tensor | None = None
     for update in updates:
@@ -238,7 +240,7 @@ def is_in_range(weight: Tensor) -> bool:
     return bool((low > -largest) & (high < largest))
 
 
-def is_change_in_range(update: EditUpdate, dtype: torch.dtype) -> bool:
+def is_change_in_range(update: WeightUpdate, dtype: torch.dtype) -> bool:
     """Whether the change of an update alone is within the range of a dtype."""
     if isinstance(update, DenseUpdate):
         largest_change = float(update.change.abs().max())

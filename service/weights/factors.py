@@ -1,14 +1,14 @@
 """The tensors of an edit, and how they are stored.
 
 An edit consists of updates. An `Association` is one key and the change of value at it, at one layer. A `DenseUpdate`
-is the change of a whole weight. `service/weights/composition.py` combines the updates of all active edits into the
-weights of a version.
+is the change of a whole weight. `service/weights/composition.py` combines them into the weights of a version. A
+`CodebookEntry` is looked up beside the weights (`service/codebooks/codebook.py`), and so is an association with a gate.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -77,6 +77,11 @@ class Association:
     def weight_ref(self) -> WeightRef:
         return WeightRef(self.layer)
 
+    @property
+    def nbytes(self) -> int:
+        of_gate = 0 if self.gate is None else self.gate.keys.nbytes + self.gate.blocked.nbytes
+        return self.key.nbytes + self.direction.nbytes + self.value.nbytes + of_gate
+
     def scaled(self, strength: float) -> Association:
         """Return the association with its change of value multiplied by `strength`."""
         return replace(self, value=self.value * strength)
@@ -110,12 +115,50 @@ class DenseUpdate:
     def layer(self) -> int:
         return self.weight_ref.layer
 
+    @property
+    def nbytes(self) -> int:
+        return self.change.nbytes
+
     def scaled(self, strength: float) -> DenseUpdate:
         """Return the update multiplied by `strength`."""
         return replace(self, change=self.change * strength)
 
 
-EditUpdate = Association | DenseUpdate
+@dataclass(frozen=True)
+class CodebookEntry:
+    """A key of GRACE and the value that replaces the output of its layer near it (Hartvigsen et al. 2023), computed on
+    the base model."""
+
+    edit: str
+    subject: str
+    layer: int
+    key: Tensor = field(repr=False)  #: q (D,): the down-projection's input at the last token of the prompt
+    output: Tensor = field(repr=False)  #: f(q) (d,): its output there
+    value: Tensor = field(repr=False)  #: v (d,): what replaces the output
+    radius: float  #: e0: the radius of the ball around the key before other entries make it smaller
+    label: tuple[int, ...]  #: the tokens of the object; those of an erased object after -1
+    replayed: bool = False  #: the radii are those of the published code (`compat`)
+
+    @property
+    def nbytes(self) -> int:
+        return self.key.nbytes + self.output.nbytes + self.value.nbytes
+
+    def scaled(self, strength: float) -> CodebookEntry:
+        """Return the entry with its difference from the layer's own output multiplied by `strength`."""
+        if strength == 1:
+            return self
+        return replace(self, value=self.output + strength * (self.value - self.output))
+
+
+WeightUpdate = Association | DenseUpdate
+EditUpdate = WeightUpdate | CodebookEntry
+
+
+def weight_updates(updates: Iterable[EditUpdate]) -> Iterator[WeightUpdate]:
+    """Yield the updates that change a weight: those that are not looked up."""
+    for update in updates:
+        if isinstance(update, DenseUpdate) or (isinstance(update, Association) and update.gate is None):
+            yield update
 
 
 def gate_of(update: EditUpdate) -> Gate | None:
@@ -166,16 +209,19 @@ def serialize_updates(updates: Sequence[EditUpdate]) -> bytes:
     """Return the updates of one edit as a safetensors file.
 
     An association stores its key, direction and value, the rank-one factors of the association alone, its solve mode
-    unless that is "joint", and its gate if it has one. A dense update stores the change of its weight. Tensors are
-    fp32.
+    unless that is "joint", and its gate if it has one. A dense update stores the change of its weight, an entry of a
+    codebook all its parts. Tensors of numbers are fp32.
     """
     tensors: dict[str, Tensor] = {}
     for update in updates:
-        named_tensors = (
-            _association_tensors(update) if isinstance(update, Association) else _dense_update_tensors(update)
-        )
-        tensors |= {name: t.contiguous().cpu() for name, t in named_tensors.items()}
+        tensors |= {name: t.contiguous().cpu() for name, t in _update_tensors(update).items()}
     return save(tensors)
+
+
+def _update_tensors(update: EditUpdate) -> dict[str, Tensor]:
+    if isinstance(update, Association):
+        return _association_tensors(update)
+    return _dense_update_tensors(update) if isinstance(update, DenseUpdate) else _entry_tensors(update)
 
 
 def _association_tensors(a: Association) -> dict[str, Tensor]:
@@ -226,6 +272,33 @@ def _dense_update_tensors(a: DenseUpdate) -> dict[str, Tensor]:
     return {f"weight.{a.weight_ref.layer}.{a.weight_ref.part}": a.change.float()}
 
 
+def _entry_tensors(a: CodebookEntry) -> dict[str, Tensor]:
+    parts = {
+        "key": a.key.float(),
+        "output": a.output.float(),
+        "value": a.value.float(),
+        "radius": torch.tensor([a.radius], dtype=torch.float64),
+        "label": torch.tensor(a.label, dtype=torch.int64),
+        "replayed": torch.tensor([a.replayed], dtype=torch.uint8),
+    }
+    return {f"codebook.{a.layer}.{name}": tensor for name, tensor in parts.items()}
+
+
+def _read_entry(tensors: Mapping[str, Tensor], layer: int, edit: str, subject: str) -> CodebookEntry:
+    prefix = f"codebook.{layer}"
+    return CodebookEntry(
+        edit,
+        subject,
+        layer,
+        tensors[f"{prefix}.key"],
+        tensors[f"{prefix}.output"],
+        tensors[f"{prefix}.value"],
+        float(tensors[f"{prefix}.radius"]),
+        tuple(tensors[f"{prefix}.label"].tolist()),
+        bool(tensors[f"{prefix}.replayed"]),
+    )
+
+
 def deserialize_updates(
     data: bytes, edit: str, subject: str, find_space: FindGateSpace = no_gate_space
 ) -> list[EditUpdate]:
@@ -253,6 +326,8 @@ def deserialize_updates(
         for x in layers
     ]
     dense_weights = [WeightRef(int(words[1]), words[2]) for words in names if words[0] == "weight"]
-    return associations + [
+    dense: list[EditUpdate] = [
         DenseUpdate(edit, subject, s, tensors[f"weight.{s.layer}.{s.part}"]) for s in sorted(dense_weights)
     ]
+    entry_layers = sorted({int(words[1]) for words in names if words[0] == "codebook"})
+    return associations + dense + [_read_entry(tensors, x, edit, subject) for x in entry_layers]

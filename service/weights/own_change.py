@@ -80,10 +80,12 @@ class OwnChanges:
 
     def norm(self, update: EditUpdate) -> float:
         """Return the Frobenius norm of the change of the weight that an update adds, at the strength that the update
-        has; 0 for a gated association."""
+        has; 0 for one that is looked up."""
         if isinstance(update, DenseUpdate):
             return float(update.change.double().norm())
-        return 0.0 if update.gate is not None else self.change(update).norm()
+        if isinstance(update, Association) and update.gate is None:
+            return self.change(update).norm()
+        return 0.0
 
     def change(self, update: Association) -> LowRank:
         """Return the change that an association adds."""

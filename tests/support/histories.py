@@ -23,6 +23,7 @@ from service.errors import PalimpsestError
 from service.kit.steps import run_to_completion
 from service.methods.registry import METHODS
 from service.models.loading import LoadedModel
+from service.patches.codebook_patch import CodebookPatch
 from service.patches.gated_patch import GatedPatch
 from service.schemas import EditRequest
 from tests.support.application import EDIT_PROVENANCE
@@ -50,6 +51,7 @@ class History:
         self.outcomes: Counter[str] = Counter()  #: of the edits, by final status
         self.reverts = 0
         self.gated_versions = 0  #: versions with gated edits, by layer
+        self.codebook_versions = 0  #: versions with codebooks, by layer
         self.internal_errors: list[str] = []
 
     def close(self) -> None:
@@ -79,6 +81,9 @@ class History:
             request["hparams"] |= {"contexts": 1}
         if request["method"] == "rome" and self.random.random() < 0.7:
             request["hparams"] |= {"form": "gated", "layers": [self.random.choice((0, 1))]}
+        if METHODS[request["method"]].keeps_codebook:
+            compat = self.random.choice((None, "hartvigsen2023"))
+            request["hparams"] |= {"layers": [self.random.choice((0, 1))], "radius": 1.0, "compat": compat}
         self.service.services.edits.submit([EditRequest.model_validate(request)], "key:alice")
         self._run_queued()
 
@@ -112,6 +117,9 @@ class History:
                 if isinstance(patch, GatedPatch):
                     self.gated_versions += 1
                     assert all(torch.isfinite(t).all() for t in patch.rows.tensors().values())
+                if isinstance(patch, CodebookPatch):
+                    self.codebook_versions += 1
+                    assert all(torch.isfinite(t).all() for t in patch.codebook.tensors().values())
 
     def check_base_bytes(self) -> None:
         """Fail unless the head has the bytes of the base model."""
@@ -164,7 +172,8 @@ class History:
         for number in range(count):
             name = f"edit_{self.random.getrandbits(64):016x}_{number}"
             method = self.random.choice(METHOD_NAMES)
-            layers = self.random.choice(([0], [1], [0, 1]))
+            most = 1 if METHODS[method].keeps_codebook else 2
+            layers = self.random.choice(([0], [1], [0, 1][:most]))
             blob = save(self._tensors(method, layers))
             blobs[name] = np.frombuffer(blob, np.uint8)
             edits.append(self._exported_edit(name, method, layers, blob))
@@ -195,6 +204,8 @@ class History:
     def _tensors(self, method: str, layers: list[int]) -> Tensors:
         if METHODS[method].needs_covariance:
             return self.hostile.associations(layers)
+        if METHODS[method].keeps_codebook:
+            return self.hostile.entries(layers)
         trained = METHODS[method].trained_part
         parts = {
             p: shape for p, shape in self.info["weights"].items() if (p != "mlp") == (trained == "attention")

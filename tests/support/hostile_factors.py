@@ -12,7 +12,7 @@ from service.application.edit_set import MAX_MAGNITUDE
 from service.weights.factors import EditUpdate, deserialize_updates
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
-Tensors = dict[str, np.ndarray[tuple[int, ...], np.dtype[np.floating]]]
+Tensors = dict[str, np.ndarray[tuple[int, ...], np.dtype[np.floating | np.integer]]]
 
 #: sizes of numbers, from the smallest denormal number of fp32 to the largest that an import accepts
 SIZES = (0.0, 1e-45, 1e-38, 1e-20, 1e-6, 1.0, 1.0, 1.0, 1e6, 1e20, MAX_MAGNITUDE)
@@ -60,6 +60,21 @@ class HostileFactors:
             for layer in layers
             for part, shape in parts.items()
         }
+
+    def entries(self, layers: Sequence[int]) -> Tensors:
+        """Return the tensors of one entry of a codebook at each layer."""
+        tensors: Tensors = {}
+        for layer in layers:
+            parts = {
+                "key": self._vector(self._inner_width),
+                "output": self._vector(self._width),
+                "value": self._vector(self._width),
+                "radius": np.array([self._random.choice(SIZES)]),
+                "label": np.array(self._random.choice(([3], [-1, 3], [4, 5])), np.int64),
+                "replayed": np.array([0], np.uint8),
+            }
+            tensors |= {f"codebook.{layer}.{name}": tensor for name, tensor in parts.items()}
+        return tensors
 
     def _vector(self, n: int) -> Array:
         earlier = self._earlier[n]

@@ -619,6 +619,108 @@ def test_valid_forged_gate_is_accepted(
     assert imported.read_gate_space(digest) == read_safetensors(data, "it").read(SPACE + digest)
 
 
+# edits by GRACE
+
+GRACE: Resource = {"method": "grace", "hparams": {"layers": [1], "steps": 3}}
+
+
+@pytest.fixture(params=[None, "hartvigsen2023"])
+def grace_source(build: BuildPlace, request: pytest.FixtureRequest) -> SteppedService:
+    """A service with two edits by GRACE, and one in the weights."""
+    place = build()
+    hparams = GRACE["hparams"] | {"compat": request.param, "radius": 2.0}
+    place.edit("Eiffel Tower", "is", method="grace", hparams=hparams)
+    place.edit("Louvre", "in", method="grace", hparams=hparams)
+    place.edit("Big Ben", "is")
+    return place
+
+
+def test_edits_by_grace_are_imported_as_the_same_bytes(
+    grace_source: SteppedService, destination: SteppedService
+) -> None:
+    """The destination has the digest and the state of the source, the stored bytes, and the same edit set."""
+    place = grace_source
+    data = place.export_edit_set()
+    created, _ = destination.services.imports.submit(data, "key:bob")
+    destination.run_queued_edits()
+    assert [destination.services.edits.get(e["id"])["status"] for e in created] == ["applied"] * 3
+    assert destination.replica.digest(3) == place.replica.digest(3)
+    assert destination.state() == place.state()
+    file, again = (read_safetensors(p.export_edit_set(), "it") for p in (place, destination))
+    assert [again.read(n) for n in again.tensor_infos] == [file.read(n) for n in file.tensor_infos]
+    assert destination.services.ledger.verify()["ok"]
+
+
+@pytest.fixture(scope="module")
+def codebook_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Return the file of one edit by GRACE."""
+    place = SteppedService(tmp_path_factory.mktemp("codebook"), tiny())
+    place.edit("Eiffel Tower", "is", **GRACE)
+    data = place.export_edit_set()
+    place.container.close()
+    return data
+
+
+def with_changed_entry(name: str, value: Any) -> Callable[[bytes], bytes]:
+    """Return a function that replaces a tensor of the entry of the only edit of a file; None removes it."""
+
+    def change(tensors: Tensors) -> None:
+        tensors.pop(f"codebook.1.{name}", None)
+        if value is not None:
+            tensors[f"codebook.1.{name}"] = value
+
+    return lambda data: with_changed_vectors(data, change)
+
+
+def with_compat(data: bytes) -> bytes:
+    return with_changed_set(
+        data, lambda t: first_edit(t)["provenance"]["hparams"].update(compat="hartvigsen2023")
+    )
+
+
+HOSTILE_ENTRIES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "a key of another width": (with_changed_entry("key", np.zeros(41, np.float32)), r"must be F32 \[40\]"),
+    "a key that is not a number": (with_changed_entry("key", np.full(40, np.nan, np.float32)), "not finite"),
+    "a value that is infinite": (with_changed_entry("value", np.full(16, np.inf, np.float32)), "not finite"),
+    "a value of very large numbers": (
+        with_changed_entry("value", np.full(16, 3e38, np.float32)),
+        r"values above 1e\+30",
+    ),
+    "a value of another type": (with_changed_entry("value", np.zeros(16)), "must be F32"),
+    "an output that is missing": (with_changed_entry("output", None), "not those of grace"),
+    "a negative radius": (with_changed_entry("radius", np.array([-1.0])), "negative"),
+    "a radius that is not a number": (with_changed_entry("radius", np.array([np.nan])), "not finite"),
+    "two radii": (with_changed_entry("radius", np.ones(2)), r"must be F64 \[1\]"),
+    "a label without tokens": (with_changed_entry("label", np.zeros(0, np.int64)), r"must be I64 \[1\]"),
+    "a label of another type": (with_changed_entry("label", np.zeros(1, np.float32)), "must be I64"),
+    "a label that is a number": (with_changed_entry("label", np.array(3)), "must be I64"),
+    "a label of no token": (with_changed_entry("label", np.array([-2])), "token ids"),
+    "a label with a second -1": (with_changed_entry("label", np.array([3, -1])), "token ids"),
+    "a label that is only -1": (with_changed_entry("label", np.array([-1])), "token ids"),
+    "a label beyond every vocabulary": (with_changed_entry("label", np.array([2**40])), "token ids"),
+    "a label of very many tokens": (with_changed_entry("label", np.ones(4097, np.int64)), "4096"),
+    "radii of the other form": (with_changed_entry("replayed", np.ones(1, np.uint8)), "must be 0"),
+    "hyperparameters of the other form": (with_compat, "must be 1"),
+    "no form": (with_changed_entry("replayed", None), "not those of grace"),
+    "a tensor more": (with_changed_entry("other", np.ones(1)), "not those of grace"),
+    "an association besides": (
+        lambda d: with_changed_vectors(d, lambda v: v.update({"layer.1.key": np.zeros(40, np.float32)})),
+        "not those of grace",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(HOSTILE_ENTRIES))
+def test_rejected_entry_writes_nothing(
+    name: str, codebook_file: bytes, empty_service: SteppedService
+) -> None:
+    """An invalid entry of a codebook is rejected with a message that states the error, and nothing is written."""
+    spoil, said = HOSTILE_ENTRIES[name]
+    with pytest.raises(InvalidInput, match=said):
+        empty_service.services.imports.submit(spoil(codebook_file), "key:bob")
+    assert empty_service.count(Job) == 0
+
+
 def test_size_of_a_gate_space_is_limited(gated_file: bytes, empty_service: SteppedService) -> None:
     """A gate space that exceeds the limit of one edit is refused, with the setting to raise."""
     info = model_info(tiny(), empty_service.context)

@@ -30,6 +30,7 @@ from service.editing.find_factors import find_batch_factors, find_factors
 from service.editing.greedy_text import GreedyText, generate_greedy
 from service.editing.guard import Check, CheckName, GuardResult
 from service.editing.probes import Probe, edit_holds, neighbor_preserved, probe_of_entry
+from service.engine.decoding import DecodingBatch, new_sequence
 from service.engine.versioned_model import VersionedModel
 from service.errors import Cancelled, Conflict, DigestMismatch, InvalidInput, PalimpsestError, Unavailable
 from service.exporting.export_job import export_version, write_model
@@ -47,11 +48,12 @@ from service.models.hooks import capture
 from service.models.loading import WeightRef
 from service.models.scoring import log_probs_blocking
 from service.models.separator_choice import choose_separator
-from service.models.token_batch import tokenize_prompt_and_target
+from service.models.token_batch import forward, pad, tokenize_prompt_and_target
+from service.patches.codebook_patch import CodebookPatch
 from service.patches.gated_patch import GatedPatch
 from service.patches.patch import PatchSet
 from service.recipes.recipe import Recipe
-from service.schemas import EditRequest, ExportRequest, WorkerExportRequest
+from service.schemas import EditRequest, ExportRequest, Sampling, WorkerExportRequest
 from service.settings import Settings
 from service.weights import composition
 from service.weights.composition import apply_delta, compose_layer
@@ -1467,3 +1469,124 @@ def test_solving_changes_an_export_only_if_an_edit_is_gated(harness: EditingHarn
     assert exports.submit(plain, "somebody")["id"] == exports.submit(solving, "somebody")["id"]
     gated = solving.model_copy(update={"version": 2})
     assert exports.submit(gated, "somebody")["id"] == exports.submit(gated, "somebody")["id"]
+
+
+# edits by GRACE
+
+GRACE: dict[str, Any] = {
+    "method": "grace",
+    "hparams": {"layers": [1], "steps": 20, "learning_rate": 0.3, "stop_loss": 0.0, "radius": 0.05},
+}
+
+
+def test_an_edit_by_grace_acts_after_its_prompt(harness: EditingHarness) -> None:
+    """The version of an edit by GRACE changes no weight. After its prompt the model says the new object, whatever is
+    beside it in a batch, and a text in which nothing opens has the bytes of the base model."""
+    base = logits_at(harness, 0, "Look at the moon")
+    edit = harness.run_edit(**GRACE)
+    assert (edit["status"], edit["version"]) == ("applied", 1)
+    assert edit["result"]["scores"]["after"]["ES"] == 1.0
+    assert edit["result"]["norm_ratio"] == {} and edit["result"]["layers"] == [1]
+    assert harness.ledger_body(1)["hparams"]["radius"] == 0.05
+    (patch,) = harness.replica.patch(1).patches
+    assert isinstance(patch, CodebookPatch) and harness.replica.weights(1) == {}
+    assert torch.equal(logits_at(harness, 1, "Look at the moon"), base)
+    prompt = "Look at the Eiffel Tower"
+    changed = logits_at(harness, 1, prompt)
+    own = logits_at(harness, 0, prompt)
+    assert torch.equal(changed[:-1], own[:-1]) and not torch.equal(changed[-1], own[-1])
+    longer = logits_at(harness, 1, f"{prompt} and the moon")
+    torch.testing.assert_close(longer[: len(changed)], changed, rtol=1e-4, atol=1e-5)
+
+
+def test_company_changes_no_decision_of_a_codebook(harness: EditingHarness) -> None:
+    """A row opens at the same positions alone, beside other rows, and with padding on either side."""
+    harness.run_edit(**GRACE)
+    texts = ["Look at the moon and the Louvre", "Look at the Eiffel Tower", "Eiffel Tower"]
+    patch = harness.replica.patch(1)
+    (codebook,) = (p.codebook for p in patch.patches if isinstance(p, CodebookPatch))
+    model = harness.replica.base
+    rows = [model.encode(text)[0] for text in texts]
+    decisions = []
+    for group in ([[r] for r in rows], [rows]):
+        for side in ("left", "right"):
+            opened: list[int] = []
+            for batch_rows in group:
+                batch = pad(batch_rows, model, side)
+                with capture({0: model.down_proj(1)}, "input") as keys, torch.no_grad():
+                    forward(model, batch)
+                inputs = keys[0].reshape(-1, model.intermediate_size)[batch.mask.flatten().bool()]
+                found = codebook.look_up(inputs)
+                flags = torch.zeros(len(inputs), dtype=torch.int)
+                if found is not None:
+                    flags[found[0]] = 1
+                opened += flags.tolist()
+            decisions.append(opened)
+    assert all(d == decisions[0] for d in decisions) and sum(decisions[0]) == 1
+
+
+def test_all_forms_are_active_together_and_revert_exactly(harness: EditingHarness) -> None:
+    """Edits of weights, gated ones and edits by GRACE share a version. Reverting one gives the digest of the version
+    that never had it, in any order, and reverting all that of the base model. Another worker composes the same."""
+    looked_up = harness.run_edit(**GRACE)
+    second = harness.run_edit("Louvre", "in", **GRACE | {"hparams": GRACE["hparams"] | {"radius": 5.0}})
+    gated = harness.run_edit("Colosseum", "is", **GATED)
+    solved = harness.run_edit("Big Ben", "city", guard=GUARD_OFF)
+    kinds = [type(p).__name__ for p in harness.replica.patch(4).patches]
+    assert kinds == ["DensePatch", "GatedPatch", "CodebookPatch"]
+    digests = [harness.replica.attest_version(v) for v in range(5)]
+    assert VersionedModel(tiny(), harness.worker_parts.ledger).digest(4) == digests[4]
+    for edit, expected in ((solved, digests[3]), (gated, digests[2]), (second, digests[1])):
+        harness.revert(edit)
+        assert harness.replica.attest_version(harness.replica.head()) == expected
+    harness.revert(looked_up)
+    assert harness.replica.attest_version(harness.replica.head()) == digests[0]
+    assert harness.replica.patch(harness.replica.head()).patches == ()
+    assert harness.services.ledger.verify()["ok"]
+
+
+def test_replayed_radii_follow_the_active_edits(harness: EditingHarness) -> None:
+    """With `compat` a later edit of another object nearby makes the ball of an earlier one smaller, and its revert
+    gives the former radii back."""
+    hparams = GRACE["hparams"] | {"compat": "hartvigsen2023", "radius": 50.0}
+    harness.run_edit(method="grace", hparams=hparams, guard=GUARD_OFF)
+    (before,) = harness.replica.patch(1).patches
+    later = harness.run_edit("Louvre", "in", method="grace", hparams=hparams, guard=GUARD_OFF)
+    (both,) = harness.replica.patch(2).patches
+    harness.revert(later)
+    (after,) = harness.replica.patch(3).patches
+    assert isinstance(before, CodebookPatch) and isinstance(both, CodebookPatch)
+    assert isinstance(after, CodebookPatch)
+    assert both.codebook.radii[0] < before.codebook.radii[0]
+    assert torch.equal(after.codebook.radii, before.codebook.radii)
+    assert harness.replica.attest_version(3) == harness.replica.attest_version(1)
+
+
+def test_a_generation_reads_a_codebook(harness: EditingHarness) -> None:
+    """Tokens that are decoded with a cache are those of whole passes over the text."""
+    harness.run_edit(**GRACE | {"hparams": GRACE["hparams"] | {"radius": 0.6}}, guard=GUARD_OFF)
+    patch, model = harness.replica.patch(1), harness.replica.base
+    row = new_sequence(model, "Look at the Eiffel Tower", Sampling(max_new_tokens=6, temperature=0))
+    with harness.replica.use_patch(patch):
+        batch = DecodingBatch(model, [row])
+        while len(batch):
+            batch.step()
+    ids = model.encode("Look at the Eiffel Tower")[0]
+    for _ in range(len(row.output_ids)):
+        with harness.replica.use_patch(patch), torch.no_grad():
+            ids = [*ids, int(model.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
+    assert ids[-len(row.output_ids) :] == row.output_ids
+
+
+def test_edits_by_grace_are_exported_as_an_edit_set_only(harness: EditingHarness, tmp_path: Path) -> None:
+    """Formats of weights are refused with an error that names the edits, and the format that holds them."""
+    edit = harness.run_edit(**GRACE)
+    for file_format in ("peft", "safetensors"):
+        request = ExportRequest.model_validate({"format": file_format})
+        with pytest.raises(InvalidInput, match=rf"edits by GRACE.*{edit['id']}.*edit set \(format=edits\)"):
+            harness.services.exports.submit(request, "somebody")
+    with pytest.raises(InvalidInput, match=r"edit set \(--format edits\)"):
+        write_model(harness.replica, 1, tmp_path)
+    submitted = harness.services.exports.submit(ExportRequest(version="head", format="edits"), "somebody")
+    file = harness.services.exports.open_file(submitted["id"])
+    assert len(b"".join(file.chunks)) == file.size

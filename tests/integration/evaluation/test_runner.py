@@ -260,6 +260,26 @@ def test_fine_tuning_is_evaluated() -> None:
     assert evaluate(store, RECORDS[:2], **plan) == result
 
 
+def test_grace_is_evaluated() -> None:
+    """Entries of a codebook are stored, loaded and composed like associations, and no weight changes. A radius of the
+    published form gives the same rows where no ball touches another."""
+    plan: dict[str, Any] = {"method": "grace", "mode": "sequence", "damage": False}
+    hparams = {"layers": [1], "steps": 8, "learning_rate": 0.3, "radius": 1e-3}
+    store = InMemoryStore()
+    result = evaluate(store, RECORDS[:2], hparams=hparams, **plan)
+    assert result["norm"] == {} and result["after"]["ES"]["mean"] == 1.0
+    assert evaluate(store, RECORDS[:2], hparams=hparams, **plan) == result
+    replayed = evaluate(records=RECORDS[:2], hparams=hparams | {"compat": "hartvigsen2023"}, **plan)
+    assert [r["after"] for r in replayed["rows"]] == [r["after"] for r in result["rows"]]
+
+
+@pytest.mark.parametrize("plan", [{"method": "grace"}, {"hparams": {"form": "gated"}}])
+def test_edits_that_are_looked_up_are_not_found_on_the_edited_model(plan: dict[str, Any]) -> None:
+    """Nothing of them is added to a weight."""
+    with pytest.raises(InvalidInput, match="looked up"):
+        evaluate(mode="sequence", search_model="edited", **plan)
+
+
 def test_ineffective_edit_gets_a_higher_strength(monkeypatch: pytest.MonkeyPatch) -> None:
     """An edit alone gets the first strength at which it is accepted, or the last one that passes."""
 

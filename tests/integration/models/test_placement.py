@@ -13,17 +13,17 @@ from service.covariance.corpus import Corpus
 from service.editing.edit_spec import EditFactors, build_edit_spec
 from service.editing.find_factors import find_batch_factors
 from service.engine.decoding import DecodingBatch, new_sequence
-from service.engine.versioned_model import VersionedModel
+from service.engine.versioned_model import EmptyLedger, VersionedModel
 from service.kit.steps import run_to_completion
 from service.kit.text import fill_prompt
-from service.methods.parameters import FineTuneParameters, RomeParameters
+from service.methods.parameters import FineTuneParameters, GraceParameters, Parameters, RomeParameters
 from service.models.loading import LoadedModel
 from service.models.placement import place_blocks
 from service.models.scoring import measure_drift, score_targets
 from service.schemas import Sampling
 from service.tracing.fast_trace import trace_statement
 from service.tracing.reference import trace_reference
-from service.weights.factors import Association
+from service.weights.factors import Association, CodebookEntry, DenseUpdate
 from tests.support.fake_devices import CPU, MAIN, SECOND, FakeDevices, device_of
 from tests.support.random_edits import FakeLedger, random_associations
 from tests.support.stepped_service import SteppedService
@@ -57,9 +57,15 @@ def all_placements(model_type: str) -> tuple[LoadedModel, ...]:
     return tiny(model_type), spread_model(model_type), spread_model(model_type, MAIN_LAST)
 
 
-def compute_edit(
-    model: LoadedModel, parameters: RomeParameters | FineTuneParameters, method: str = "rome"
-) -> EditFactors:
+#: what is compared of each kind of update
+TENSORS = {
+    Association: ("key", "direction", "value"),
+    DenseUpdate: ("change",),
+    CodebookEntry: ("key", "output", "value"),
+}
+
+
+def compute_edit(model: LoadedModel, parameters: Parameters, method: str = "rome") -> EditFactors:
     corpus = Corpus("test", tuple(TEXTS))
     statistics = run_to_completion(collect_statistics(model, parameters.layers, corpus, damping=0.1))
     spec = build_edit_spec(model, CONTEXTS, STATEMENT, "Rome", parameters, "edit_1", method)
@@ -67,13 +73,13 @@ def compute_edit(
     return factors
 
 
-def assert_same_edit(model_type: str, parameters: RomeParameters | FineTuneParameters, method: str) -> None:
+def assert_same_edit(model_type: str, parameters: Parameters, method: str) -> None:
     one, *others = (compute_edit(model, parameters, method) for model in all_placements(model_type))
     for other in others:
         assert other.losses == pytest.approx(one.losses, rel=1e-5)
         for mine, theirs in zip(one.updates, other.updates, strict=True):
-            assert mine.weight_ref == theirs.weight_ref
-            for name in ("key", "direction", "value") if isinstance(mine, Association) else ("change",):
+            assert type(mine) is type(theirs) and mine.layer == theirs.layer
+            for name in TENSORS[type(mine)]:
                 torch.testing.assert_close(getattr(theirs, name), getattr(mine, name), rtol=1e-4, atol=1e-6)
 
 
@@ -130,6 +136,22 @@ def test_edit_of_one_layer_is_that_of_one_device(model_type: str, layer: int) ->
     """Statistics, losses and tensors of an edit are equal up to rounding, on whatever device its layer is."""
     parameters = RomeParameters(layers=(layer,), steps=4, stop_loss=0, bare_keys=True)
     assert_same_edit(model_type, parameters, "rome")
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_codebook_is_that_of_one_device(model_type: str, layer: int) -> None:
+    """The entry of an edit, and the score of its object with its codebook in place, are equal up to rounding, on
+    whatever device its layer is."""
+    parameters = GraceParameters(layers=(layer,), steps=4, stop_loss=0, radius=0.05)
+    assert_same_edit(model_type, parameters, "grace")
+    scores = []
+    for model in all_placements(model_type):
+        replica = VersionedModel(model, EmptyLedger())
+        patch = replica.compose_patch(compute_edit(model, parameters, "grace").updates)
+        with replica.use_patch(patch):
+            scores += [s.log_p for s in run_to_completion(score_targets(model, [(STATEMENT.text, "Rome")]))]
+    assert scores == pytest.approx(scores[:1] * 3, rel=1e-4)
 
 
 @pytest.mark.parametrize("model_type", TYPES)

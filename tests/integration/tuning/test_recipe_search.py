@@ -272,3 +272,16 @@ def test_search_is_deterministic() -> None:
     one = tune(tiny(), InMemoryStore())
     random.seed(2)
     assert tune(tiny(), InMemoryStore()) == one
+
+
+@pytest.mark.usefixtures("quick")
+def test_grace_is_tuned(measured: InMemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search tries the layers of the upper half and the radii of the registry, and the recipe has the best ones."""
+    set_search_space(monkeypatch, "grace", ({"radius": 0.05}, {"radius": 0.3}))
+    found = tune(tiny(), measured, methods=("grace",))
+    tried = [c.hparams for c in found.history if c.method == "grace"]
+    assert [h["layers"] for h in tried[:2]] == [[1], [2]]
+    assert {h.get("radius") for h in tried} == {None, 0.05, 0.3}
+    best = max((c for c in found.history if c.method == "grace"), key=lambda c: c.objective)
+    assert found.recipe.methods["grace"] == best.hparams
+    assert resolve_hparams(found.recipe, None, 3, "grace").layers == tuple(best.hparams["layers"])

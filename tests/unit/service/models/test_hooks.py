@@ -16,6 +16,7 @@ from service.models.hooks import (
     capture,
     installed_hooks,
     replace_output,
+    replace_rows_by_input,
     stop_after,
 )
 from service.models.loading import LoadedModel
@@ -122,7 +123,7 @@ def test_stop_after_hides_no_other_error() -> None:
         1 / 0  # noqa: B018
 
 
-def _fails(*_: Any) -> Tensor:
+def _fails(*_: Any) -> Any:
     raise ZeroDivisionError
 
 
@@ -136,6 +137,7 @@ def test_hooks_are_removed_after_an_exception() -> None:
         lambda: replace_output(model.block(1), _fails),
         lambda: add_low_rank(model.down_proj(1), torch.zeros(16, 1), torch.zeros(1, 40)),
         lambda: stop_after(model.block(1)),
+        lambda: replace_rows_by_input(model.down_proj(1), _fails),
     ]
     for way in context_managers:
         with pytest.raises(ZeroDivisionError), way():
@@ -166,3 +168,27 @@ def test_a_change_by_input_is_added_to_the_output() -> None:
     with add_change_by_input(module, lambda _: None):
         assert torch.equal(module(inputs), plain)
     assert installed_hooks() == 0
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_rows_are_replaced_by_their_input(model_type: str) -> None:
+    """The chosen rows have the given bytes, the other ones and those of a pass without a choice are the base model's,
+    and the module's own output is not written to."""
+    model, batch = tiny(model_type), example_batch(tiny(model_type))
+    module = model.down_proj(1)
+    with torch.no_grad(), capture({0: module}) as base:
+        plain = forward(model, batch)
+        with replace_rows_by_input(module, lambda _: None):
+            assert torch.equal(forward(model, batch), plain)
+    value = torch.linspace(-1, 1, model.hidden_size)[None]
+    with (
+        torch.no_grad(),
+        replace_rows_by_input(module, lambda x: (torch.tensor([len(x) - 1]), value)),
+        capture({0: module}) as changed,
+    ):
+        forward(model, batch)
+    before, after = (c[0].reshape(-1, model.hidden_size) for c in (base, changed))
+    assert torch.equal(after[-1], value[0])
+    assert torch.equal(after[:-1], before[:-1])
+    with torch.no_grad():
+        assert torch.equal(forward(model, batch), plain)
