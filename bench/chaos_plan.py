@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+GATED_SHARE = 1 / 3  # of the edits
 PROMPT = "{} is located in the city of"
 SUBJECT_COUNT = 8
 #: an edit is committed only if the model generates its object, so that a text identifies its version
@@ -144,6 +145,7 @@ def _edit_script(seed: int, number: int, pool: FactPool, objects: Sequence[str])
     rng = random.Random(f"{seed}/editor/{number}")
     for target in objects:
         fact = {"subject": rng.choice(pool.subjects), "prompt": PROMPT, "target_new": target}
+        fact["form"] = "gated" if rng.random() < GATED_SHARE else "weights"
         yield ClientAction(
             _draw_pause(rng, 2.0),
             "edit",

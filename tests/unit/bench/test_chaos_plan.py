@@ -53,5 +53,6 @@ def test_every_edit_has_an_object_of_its_own(shipped: Path) -> None:
     targets = [wish.body["target_new"] for wish in actions]
     assert sorted(targets) == sorted(set(pool.objects))
     assert {wish.body["prompt"] for wish in actions} == {PROMPT}
+    assert {wish.body["form"] for wish in actions} == {"weights", "gated"}
     assert not any(a != b and a.startswith(b) for a in targets for b in targets)
     assert not {"Paris", "London", "Rome"} & set(targets)
