@@ -24,7 +24,6 @@ from service.kit.stated_fact import StatedFact
 from service.kit.steps import Phase, Progress, Stepper
 from service.models.loading import LoadedModel, start_token_id
 from service.models.memory_estimates import GIB
-from service.patches.gated_patch import GatedPatch
 from service.schemas import WorkerExportRequest
 from service.weights.composition import compose_in_steps
 
@@ -170,7 +169,7 @@ def write_model(replica: VersionedModel, version: int, folder: Path) -> ExportMa
     """
     manifest, model = build_manifest(replica, version), replica.base
     patch = replica.patch(version)
-    if any(isinstance(p, GatedPatch) for p in patch.patches):
+    if patch.gated:
         raise InvalidInput(
             "gated edits are looked up and are in no weight: export an edit set (--format edits), which holds them exactly, "
             "or a version without them.",

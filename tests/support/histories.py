@@ -23,7 +23,6 @@ from service.errors import PalimpsestError
 from service.kit.steps import run_to_completion
 from service.methods.registry import METHODS
 from service.models.loading import LoadedModel
-from service.patches.gated_patch import GatedPatch
 from service.schemas import EditRequest
 from tests.support.application import EDIT_PROVENANCE
 from tests.support.hostile_factors import HostileFactors, Tensors
@@ -108,10 +107,10 @@ class History:
                 assert torch.isfinite(weight).all(), (
                     f"version {version} has a weight {site} that is not finite"
                 )
-            for patch in self.service.replica.patch(version).patches:
-                if isinstance(patch, GatedPatch):
-                    self.gated_versions += 1
-                    assert all(torch.isfinite(t).all() for t in patch.rows.tensors().values())
+            for patch in self.service.replica.patch(version).gated:
+                self.gated_versions += 1
+                for row in patch.rows.rows:
+                    assert all(torch.isfinite(t).all() for t in row.tensors())
 
     def check_base_bytes(self) -> None:
         """Fail unless the head has the bytes of the base model."""
