@@ -89,7 +89,9 @@ def main() -> None:
     p.add_argument("--subject", default="Eiffel Tower")
     p.add_argument("--prompt", default="The {} is located in the city of")
     p.add_argument("--target", default="Rome")
-    p.add_argument("--other-subject", default="Colosseum", help="subject of the second edit, in the same prompt")
+    p.add_argument(
+        "--other-subject", default="Colosseum", help="subject of the second edit, in the same prompt"
+    )
     p.add_argument("--other-target", default="Paris")
     args = p.parse_args()
     report = Report("startup", args.device)

@@ -95,7 +95,9 @@ def change_of_batch(keys: Tensor, versions: Sequence[GatedRows | None]) -> Token
     """Return the changes at the keys (B n, D) of B sequences with n tokens each, one after the other, of which each is
     at a version of its own; None stands for one without rows. All have one table. Return None if nothing opens."""
     (table,) = {id(v.table): v.table for v in versions if v is not None}.values()
-    length = len(keys) // len(versions)
+    length, rest = divmod(len(keys), len(versions))
+    if rest:
+        raise ValueError(f"{len(keys)} keys are not those of {len(versions)} sequences of one length")
     tokens: list[int] = []
     changes: list[Tensor] = []
     step = max(1, MAX_PRODUCTS // max(1, table.slots))

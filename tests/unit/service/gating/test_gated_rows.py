@@ -58,9 +58,15 @@ def test_the_change_is_the_definition(seed: int, count: int, threshold: float) -
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 6), st.integers(1, 5), st.sampled_from([-0.9, 0.3, 0.5, 0.8]))
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 6),
+    st.integers(1, 5),
+    st.sampled_from([-0.9, 0.3, 0.5, 0.8]),
+    st.sampled_from([100, 2**22]),
+)
 def test_versions_in_one_batch_are_the_versions_alone(
-    seed: int, sequences: int, length: int, threshold: float
+    seed: int, sequences: int, length: int, threshold: float, max_products: int
 ) -> None:
     """Sequences at random subsets of the rows, in one batch, have bit for bit the change that each of their keys has
     alone, in a table with the rows of its own version only."""
@@ -76,7 +82,9 @@ def test_versions_in_one_batch_are_the_versions_alone(
             for i in range(sequences * length)
         ]
     )
-    found = change_of_batch(keys, versions)
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(gated_rows, "MAX_PRODUCTS", max_products)
+        found = change_of_batch(keys, versions)
     together = {} if found is None else dict(zip(found.tokens.tolist(), found.changes, strict=True))
     for token, key in enumerate(keys):
         subset = subsets[token // length]
@@ -92,6 +100,8 @@ def test_a_sequence_without_rows_is_left_alone() -> None:
     keys = a.key.expand(4, -1)
     found = change_of_batch(keys, [None, rows_of([a])])
     assert found is not None and found.tokens.tolist() == [2, 3]
+    with pytest.raises(ValueError, match="4 keys are not those of 3 sequences"):
+        change_of_batch(keys, [None, None, rows_of([a])])
 
 
 @pytest.mark.parametrize("max_products", [1, 50, 2**22])
