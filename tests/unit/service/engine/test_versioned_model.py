@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from service.engine import versioned_model
 from service.engine.versioned_model import VersionedModel
 from service.gating import gate_table
+from service.gating.gated_row import new_gated_row
 from service.kit.steps import Phase, Progress, Stepper, run_steps, run_to_completion
 from service.models.loading import LoadedModel, WeightRef
 from service.patches.patch import weights_patch
@@ -379,7 +381,7 @@ def test_a_gated_edit_costs_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
     active = [1, 2, *range(GATED, GATED + 30)]
     before = replica.patch(ledger.add_version(active))
     computed: list[str] = []
-    new_row = gate_table.new_gated_row
+    new_row = new_gated_row
 
     def count(association: Association) -> Any:
         computed.append(association.edit)
@@ -433,7 +435,7 @@ def test_building_rows_is_divided_into_steps(monkeypatch: pytest.MonkeyPatch) ->
     """No step of a build computes more than ROWS_PER_STEP rows."""
     monkeypatch.setattr(versioned_model, "ROWS_PER_STEP", 4)
     computed: list[str] = []
-    new_row = gate_table.new_gated_row
+    new_row = new_gated_row
 
     def count(association: Association) -> Any:
         computed.append(association.edit)
@@ -447,4 +449,4 @@ def test_building_rows_is_divided_into_steps(monkeypatch: pytest.MonkeyPatch) ->
     for _ in steps:
         counts.append(len(computed))
     assert counts[-1] == 20
-    assert max(b - a for a, b in zip(counts, counts[1:], strict=False)) <= 4
+    assert max(b - a for a, b in pairwise(counts)) <= 4
