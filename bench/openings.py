@@ -29,7 +29,8 @@ from service.datasets.loading import read_records
 from service.datasets.record import Record, record_fits, true_statements
 from service.editing.context import build_editor_context
 from service.gating.gate_reference import REFERENCE_TEXTS
-from service.gating.gated_rows import GatedRows, build_gated_rows
+from service.gating.gate_table import GateTable
+from service.gating.gated_rows import GatedRows, new_gated_rows
 from service.kit.steps import run_to_completion
 from service.kit.text import mentions
 from service.methods.parameters import RomeParameters
@@ -94,23 +95,21 @@ def association_of(gate: Gate, record: Record, number: int, model: LoadedModel) 
     )
 
 
-def opened_subjects(
-    model: LoadedModel, rows: GatedRows, names: Sequence[str], text: str
-) -> tuple[list[str], int]:
-    """Return the subject of the nearest association at each position where a gate opens, and the number of tokens."""
+def opened_subjects(model: LoadedModel, rows: GatedRows, text: str) -> tuple[list[str], int]:
+    """Return the subject of what opens at each position where a gate does, and the number of tokens."""
     ids = model.encode(text)[0][: model.max_positions]
     down = model.down_proj(rows.layer)
     with capture({0: down}, "input") as captured, stop_after(down):
         forward(model, pad([ids], model))
-    best, nearest = rows.scores(captured[0].flatten(0, -2)[: len(ids)].cpu()).max(1)
-    return [names[int(nearest[i])] for i in (best > 0).nonzero()[:, 0]], len(ids)
+    keys = captured[0].flatten(0, -2)[: len(ids)].cpu()
+    return [subject for _, subject in rows.open_subjects(keys)], len(ids)
 
 
-def measure(model: LoadedModel, rows: GatedRows, names: Sequence[str], texts: ClassTexts) -> list[str]:
+def measure(model: LoadedModel, rows: GatedRows, texts: ClassTexts) -> list[str]:
     """Return the row of a class."""
     own = other = tokens = openings = about = 0
     for text, subject in texts.texts:
-        opened, length = opened_subjects(model, rows, names, text)
+        opened, length = opened_subjects(model, rows, text)
         tokens, openings, about = tokens + length, openings + len(opened), about + (subject is not None)
         own += subject in opened
         other += any(name != subject for name in opened)
@@ -147,12 +146,13 @@ def main() -> None:
             association_of(g, r, i, model)
             for i, (g, r) in enumerate(zip(gates[:count], edited, strict=False))
         ]
-        rows, names = build_gated_rows(active), [a.subject for a in active]
+        gate_table = GateTable(gates[0].space, torch.device("cpu"))
+        rows = new_gated_rows(gate_table, [gate_table.row(a) for a in active])
         table = Table(title=f"{count} gated edits ({model.name}, layer {layer})", box=box.MARKDOWN)
         for name in ("texts", "number", "own, %", "other, %", "openings per 10,000 tokens"):
             table.add_column(name)
         for texts in classes_of(edited[:count], others, context.corpus.texts):
-            table.add_row(*measure(model, rows, names, texts))
+            table.add_row(*measure(model, rows, texts))
         console.print(table)
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from service.gating.gate_reference import keys_of_rows
-from service.gating.gated_rows import build_gated_rows
+from service.gating.gate_table import GateTable
+from service.gating.gated_rows import new_gated_rows
 from service.kit.steps import Phase, Progress, Stepper
 from service.models.loading import LoadedModel
-from service.weights.factors import Association, EditUpdate, gate_of
+from service.weights.factors import Association, EditUpdate
 
 
 def find_openings(
@@ -19,15 +22,15 @@ def find_openings(
     Keys are those of the base model. With other gated edits active, a key that is nearer to another subject opens
     that one instead.
     """
-    gated = [u for u in updates if isinstance(u, Association) and gate_of(u) is not None]
-    if not gated:
+    gated = [u for u in updates if isinstance(u, Association) and u.gate is not None]
+    if not gated or gated[0].gate is None:
         return None
-    rows = build_gated_rows(gated)
+    table = GateTable(gated[0].gate.space, torch.device("cpu"))
+    rows = new_gated_rows(table, [table.row(u) for u in gated])
     openings: list[list[str]] = []
     for number, prompt in enumerate(prompts):
         ids = model.encode(prompt)[0][: model.max_positions]
         progress = Progress(Phase.MEASURE, number, len(prompts))
         keys = yield from keys_of_rows(model, rows.layer, [ids], progress)
-        is_open = (rows.scores(keys) > 0).any(1).tolist()
-        openings.append([model.decode([i]) for i, opens in zip(ids, is_open, strict=True) if opens])
+        openings.append([model.decode([ids[position]]) for position, _ in rows.open_subjects(keys)])
     return openings

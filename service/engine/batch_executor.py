@@ -1,4 +1,8 @@
-"""Executes the scheduler's plans: the batches of each version, stepped with the version's weights in place."""
+"""Executes the scheduler's plans: steps batches with the patches of their sequences in place.
+
+The sequences of a batch have the same edited weights and codebooks. Their gated rows may be those of different
+versions: each sequence is changed by the rows of its own version alone.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +20,24 @@ log = logging.getLogger(__name__)
 
 
 class BatchExecutor:
-    """The running batches. Holds the weights of a version as long as it has sequences."""
+    """The running batches. Holds the patches of a sequence as long as it waits or runs."""
 
     def __init__(self, replica: VersionedModel, scheduler: Scheduler) -> None:
         self._replica = replica
         self._scheduler = scheduler
-        self._patches: dict[int, PatchSet] = {}
+        self._patches: dict[DecodingSequence, PatchSet] = {}
         self._batches: dict[BatchKey, DecodingBatch] = {}
 
     def add(
         self,
-        version: int,
         patch: PatchSet,
         sequences: Sequence[DecodingSequence],
         caller: str,
         cost: float,
     ) -> None:
-        """Admit the sequences of a call (see `Scheduler.add`)."""
-        self._patches.setdefault(version, patch)
-        self._scheduler.add(version, sequences, caller, cost)
+        """Admit the sequences of a call (see `Scheduler.add`), with the patches of its version."""
+        self._patches |= dict.fromkeys(sequences, patch)
+        self._scheduler.add(patch.shared, sequences, caller, cost)
 
     def step(self) -> Iterator[list[TokenOutput]]:
         """Execute one plan. Yield the outputs of each batch as soon as it has been stepped."""
@@ -53,17 +56,20 @@ class BatchExecutor:
             yield outputs
         for key in self._batches.keys() - self._scheduler.batches():
             del self._batches[key]
-        for version in self._patches.keys() - self._scheduler.versions():
-            del self._patches[version]
+        for sequence in self._patches.keys() - set(self._scheduler.sequences()):
+            del self._patches[sequence]
 
     def _step_batch(self, key: BatchKey, batch: DecodingBatch, phase: str) -> list[TokenOutput]:
         """Step a batch. When that fails, its sequences are prefilled again one by one; one that fails alone ends."""
         started = time.monotonic()
         try:
-            with self._replica.use_patch(self._patches[key.version]):
+            batch.drop_finished()  # so that the patches are those of the sequences that are stepped
+            if not batch.sequences:
+                return []
+            with self._replica.use_patches([self._patches[s] for s in batch.sequences]):
                 return _step_with_metrics(phase, batch)
         except Exception:
-            log.exception("decode failed", extra={"version": key.version, "rows": len(batch)})
+            log.exception("decode failed", extra={"rows": len(batch)})
         finally:
             self._scheduler.record_time(key.lane, time.monotonic() - started)
         sequences = [s for single in batch.split() for s in single.sequences]

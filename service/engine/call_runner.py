@@ -178,7 +178,7 @@ class CallRunner:
         generation = RunningGeneration(delivery, request, version, sequences)
 
         def begin(patch: dict[int, PatchSet]) -> None:
-            self._executor.add(version, patch[version], sequences, delivery.caller, delivery.cost)
+            self._executor.add(patch[version], sequences, delivery.caller, delivery.cost)
 
         self._sequence_owners |= {s: (generation, i) for i, s in enumerate(sequences)}
         return PendingAdmission(generation, (version,), begin)

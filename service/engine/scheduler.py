@@ -1,6 +1,7 @@
 """Which sequences are prefilled and decoded in the next step. Pure bookkeeping: no tensors and no model.
 
-Each version has batches of its own, so that no batch mixes two versions. A step prefills at most one group of new
+A batch has sequences of one model, which is anything with a hash here: the edited weights that are in place while it is
+stepped. Versions that differ in gated edits alone have the same ones. A step prefills at most one group of new
 sequences and gives the batches that are due one decode step.
 
 A caller with few sequences is not delayed by one with many. When a sequence is prefilled, it joins the light lane if
@@ -12,7 +13,7 @@ between callers.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -40,9 +41,9 @@ class Lane(StrEnum):
 
 @dataclass(frozen=True)
 class BatchKey:
-    """Names a batch: sequences of one version in one lane."""
+    """Names a batch: sequences with the same weights in one lane."""
 
-    version: int
+    weights: Hashable
     lane: Lane
 
 
@@ -50,9 +51,9 @@ class BatchKey:
 class LaneState:
     """The sequences of one lane that were prefilled."""
 
-    running: dict[int, list[DecodingSequence]] = field(default_factory=dict)  #: by version
-    #: with their versions; prefilled again one by one after an error
-    to_retry: deque[tuple[int, DecodingSequence]] = field(default_factory=deque)
+    running: dict[Hashable, list[DecodingSequence]] = field(default_factory=dict)  #: by weights
+    #: with their weights; prefilled again one by one after an error
+    to_retry: deque[tuple[Hashable, DecodingSequence]] = field(default_factory=deque)
 
     def __len__(self) -> int:
         return len(self.to_retry) + sum(map(len, self.running.values()))
@@ -91,7 +92,7 @@ class Scheduler:
 
     def __init__(self, max_batch_size: int, kv_bytes: KvBytes, kv_memory_bytes: int | None = None) -> None:
         self._lanes = {lane: LaneState() for lane in Lane}
-        self._waiting: FairQueue[DecodingSequence, int] = FairQueue()  # with their versions
+        self._waiting: FairQueue[DecodingSequence, Hashable] = FairQueue()  # with their weights
         self._max_batch_size = max_batch_size
         self._kv_bytes = kv_bytes
         self._kv_memory_bytes = kv_memory_bytes  # None: unknown, not bounded
@@ -147,14 +148,15 @@ class Scheduler:
         prefilled = (s.caller for state in self._lanes.values() for s in state.sequences())
         return Counter(prefilled) + Counter(s.caller for s, _ in self._waiting)
 
-    def add(self, version: int, sequences: Sequence[DecodingSequence], caller: str, cost: float) -> None:
+    def add(self, weights: Hashable, sequences: Sequence[DecodingSequence], caller: str, cost: float) -> None:
         """Queue the sequences of one call for their prefill, the shortest prompts first.
 
-        `cost` is that of the whole call, divided by the weight of its caller.
+        `weights` identifies the edited weights and codebooks of their version. `cost` is that of the whole call,
+        divided by the weight of its caller.
         """
         for sequence in sorted(sequences, key=lambda s: len(s.prompt_ids)):
             sequence.caller = caller
-            self._waiting.add(sequence, version, caller, cost / len(sequences))
+            self._waiting.add(sequence, weights, caller, cost / len(sequences))
 
     # steps
 
@@ -172,23 +174,23 @@ class Scheduler:
 
     def _plan_lane(self, lane: Lane, prefill: bool = True) -> StepPlan:
         decode = [
-            BatchKey(version, lane) for version, running in self._lanes[lane].running.items() if running
+            BatchKey(weights, lane) for weights, running in self._lanes[lane].running.items() if running
         ]
         return StepPlan(self._next_prefill_group(lane) if prefill else None, decode)
 
     def _next_prefill_group(self, lane: Lane) -> PrefillGroup | None:
-        """Remove the next sequences to prefill together, all of the version of the first one, and as many as fit."""
+        """Remove the next sequences to prefill together, all with the weights of the first one, and as many as fit."""
         state = self._lanes[lane]
         if state.to_retry:
-            version, sequence = state.to_retry.popleft()
-            return PrefillGroup(BatchKey(version, lane), [sequence])
+            weights, sequence = state.to_retry.popleft()
+            return PrefillGroup(BatchKey(weights, lane), [sequence])
         free = min(MAX_PREFILL_SEQUENCES, self._max_batch_size - state.running_count)
         group: list[DecodingSequence] = []
         batch: BatchKey | None = None
         width = 0
         lanes = self._lanes_of_waiting()
         for sequence, queued in self._waiting:
-            if lanes[sequence] is not lane or (batch is not None and queued.item != batch.version):
+            if lanes[sequence] is not lane or (batch is not None and queued.item != batch.weights):
                 continue
             batch = BatchKey(queued.item, lane)
             width = max(width, len(sequence.token_ids))
@@ -209,25 +211,27 @@ class Scheduler:
 
     def update(self, batch: BatchKey, running: Sequence[DecodingSequence]) -> None:
         """Record the sequences of a batch that run after a step."""
-        self._lanes[batch.lane].running[batch.version] = list(running)
+        self._lanes[batch.lane].running[batch.weights] = list(running)
 
     def retry(self, batch: BatchKey, sequences: Sequence[DecodingSequence]) -> None:
         """Queue sequences whose step failed, to be prefilled again one by one."""
-        self._lanes[batch.lane].to_retry.extend((batch.version, sequence) for sequence in sequences)
+        self._lanes[batch.lane].to_retry.extend((batch.weights, sequence) for sequence in sequences)
 
     def batches(self) -> set[BatchKey]:
         """Return the batches with prefilled sequences."""
         batches = set()
         for lane, state in self._lanes.items():
-            state.running = {version: running for version, running in state.running.items() if running}
+            state.running = {weights: running for weights, running in state.running.items() if running}
             batches |= {
-                BatchKey(version, lane) for version in {*state.running, *(v for v, _ in state.to_retry)}
+                BatchKey(weights, lane) for weights in {*state.running, *(w for w, _ in state.to_retry)}
             }
         return batches
 
-    def versions(self) -> set[int]:
-        """Return the versions with sequences."""
-        return {queued.item for _, queued in self._waiting} | {batch.version for batch in self.batches()}
+    def sequences(self) -> Iterator[DecodingSequence]:
+        """Yield all sequences that wait or run."""
+        yield from (sequence for sequence, _ in self._waiting)
+        for state in self._lanes.values():
+            yield from state.sequences()
 
     def _fits(self, batch: BatchKey, new: Sequence[DecodingSequence]) -> bool:
         """Return whether the keys and values of all running sequences and the new ones fit at their full lengths.
@@ -237,9 +241,9 @@ class Scheduler:
         if self._kv_memory_bytes is None:
             return True
         running = {
-            BatchKey(version, lane): sequences
+            BatchKey(weights, lane): sequences
             for lane, state in self._lanes.items()
-            for version, sequences in state.running.items()
+            for weights, sequences in state.running.items()
             if sequences
         }
         running[batch] = [*running.get(batch, []), *new]

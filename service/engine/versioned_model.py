@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import hashlib
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from service.codebooks.codebook import build_codebook_in_steps
 from service.errors import DigestMismatch
-from service.gating.gated_rows import build_gated_rows
+from service.gating.gate_table import GateTable
+from service.gating.gated_row import GatedRow
+from service.gating.gated_rows import new_gated_rows
 from service.kit import metrics
 from service.kit.steps import Phase, Progress, Stepper, advance, run_to_completion, step_within
 from service.kit.text import normalize_whitespace
@@ -30,10 +34,16 @@ from service.models import memory_estimates
 from service.models.loading import LoadedModel, WeightRef
 from service.patches.codebook_patch import CodebookPatch
 from service.patches.gated_patch import GatedPatch
-from service.patches.patch import BASE, PatchSet, weights_patch
+from service.patches.patch import BASE, DensePatch, PatchSet, apply_to_batch
 from service.weights.capacity import average_capacities_in_steps
 from service.weights.composition import apply_delta_in_steps, compose_in_steps
-from service.weights.factors import Association, CodebookEntry, EditUpdate, deserialize_updates
+from service.weights.factors import (
+    Association,
+    CodebookEntry,
+    EditUpdate,
+    deserialize_updates,
+    weight_updates,
+)
 from service.weights.gate_space import GateSpace, deserialize_gate_space
 
 T = TypeVar("T")
@@ -41,6 +51,7 @@ MAX_CACHED_VERSIONS = 8  # versions whose weights are cached
 CACHE_FRACTION = 0.1  # of the memory that is free at the start, for each cache
 DEFAULT_CACHE_BYTES = 2**30  # for each cache, where the free memory is unknown
 FACTORS_PER_STEP = 64  # edits whose factors one step reads
+ROWS_PER_STEP = 256  # gated rows that one step looks up or computes
 DIGEST_BYTES = 2**23  # bytes that one step hashes
 
 
@@ -86,9 +97,10 @@ class VersionedModel:
     `attest` is called once for each version with the digest of its weights, before they are used; it raises
     DigestMismatch when other replicas hold other bytes. Without it versions are not attested.
 
-    The caches of weights (on the devices of their layers) and of edit factors (in host memory) evict their least
-    recently used entries beyond `max_weight_bytes` and `max_factor_bytes`. The default of each is a share of the free
-    memory.
+    The caches of versions (edited weights on the devices of their layers, and gated rows) and of edit factors (in host
+    memory) evict their least recently used entries beyond `max_weight_bytes` and `max_factor_bytes`. The default of
+    each is a share of the free memory. Versions with the same edited weights hold them once, and a gated row is held
+    once by all versions at which it is active.
     """
 
     def __init__(
@@ -114,6 +126,10 @@ class VersionedModel:
         )
         self._patches: OrderedDict[int, PatchSet] = OrderedDict()
         self._spaces: dict[str, GateSpace] = {}
+        self._tables: dict[tuple[int, str], GateTable] = {}  # by layer and gate space
+        self._last_dense = _ComposedWeights()
+        self._dense_by_digest: WeakValueDictionary[str, DensePatch] = WeakValueDictionary()
+        self._dense_digests: dict[int, str] = {}  # of the attested versions
         self._attested: dict[int, str] = {}
         self._builds: dict[int, _VersionBuild] = {}
         self._updates: OrderedDict[str, list[EditUpdate]] = OrderedDict()
@@ -166,14 +182,27 @@ class VersionedModel:
         """Return the patches for a set of updates: the edited weights, computed from the base bytes, the rows of gated
         associations, and codebooks."""
         updates = list(updates)
+        dense = yield from self._compose_weights(list(weight_updates(updates)))
+        gated = yield from self._gated_patches(updates)
+        codebooks = yield from self._codebook_patches(updates)
+        return PatchSet(dense, tuple(gated), tuple(codebooks))
+
+    def _compose_weights(self, updates: Sequence[EditUpdate]) -> Stepper[DensePatch | None]:
+        """Return the edited weights of updates without gates; those that were composed last, if the updates are the
+        same."""
+        if not updates:
+            return None
+        if (last := self._last_dense.find(updates)) is not None:
+            return last
         deltas = yield from compose_in_steps(updates)
         weights: dict[WeightRef, Tensor] = {}
         for site, delta in deltas.items():
             weights[site] = yield from apply_delta_in_steps(
                 self._original[site], delta, self.base.architecture.conv1d
             )
-        codebooks = yield from self._codebook_patches(updates)
-        return PatchSet((*weights_patch(weights).patches, *self._gated_patches(updates), *codebooks))
+        dense = DensePatch(weights)
+        self._last_dense = _ComposedWeights(updates, dense)
+        return dense
 
     def _codebook_patches(self, updates: Sequence[EditUpdate]) -> Stepper[list[CodebookPatch]]:
         """Return the codebook of each layer, on the device of the layer."""
@@ -187,16 +216,23 @@ class VersionedModel:
             patches.append(CodebookPatch(codebook.to(self.base.weight(layer).device)))
         return patches
 
-    def _gated_patches(self, updates: Sequence[EditUpdate]) -> list[GatedPatch]:
-        """Return the rows of each layer and gate space, on the device of the layer."""
-        groups: dict[tuple[int, str], list[Association]] = {}
-        for u in updates:
+    def _gated_patches(self, updates: Sequence[EditUpdate]) -> Stepper[list[GatedPatch]]:
+        """Return the rows of each layer and gate space."""
+        rows: dict[tuple[int, str], list[GatedRow]] = {}
+        for number, u in enumerate(updates):
             if isinstance(u, Association) and u.gate is not None:
-                groups.setdefault((u.layer, u.gate.space.digest), []).append(u)
+                place = (u.layer, u.gate.space.digest)
+                rows.setdefault(place, []).append(self._table(place, u.gate.space).row(u))
+            if number % ROWS_PER_STEP == ROWS_PER_STEP - 1:
+                yield Progress(Phase.COMPOSE, number, len(updates))
         return [
-            GatedPatch(build_gated_rows(group).to(self.base.weight(layer).device))
-            for (layer, _), group in sorted(groups.items())
+            GatedPatch(new_gated_rows(self._tables[place], group)) for place, group in sorted(rows.items())
         ]
+
+    def _table(self, place: tuple[int, str], space: GateSpace) -> GateTable:
+        if place not in self._tables:
+            self._tables[place] = GateTable(space, self.base.weight(place[0]).device)
+        return self._tables[place]
 
     def find_gate_space(self, digest: str) -> GateSpace:
         """Return the space of gates from the ledger, read once. Its digest is that of its content."""
@@ -263,11 +299,17 @@ class VersionedModel:
     def _build(self, version: int) -> Stepper[None]:
         patch = yield from self._load_patch(version)
         if version not in self._attested:
-            digest = yield from self._digest_patch(patch)
+            digest, dense_digest = yield from self._digest_patch(patch)
             if self._attest is not None:
                 self._attest(version, digest)
-            self._attested[version] = digest
-        self._cache_patch(version, patch)
+            self._attested[version], self._dense_digests[version] = digest, dense_digest
+        self._cache_patch(version, self._with_shared_weights(patch, self._dense_digests[version]))
+
+    def _with_shared_weights(self, patch: PatchSet, dense_digest: str) -> PatchSet:
+        """Return a patch with the weights that another version holds, if it has the same ones."""
+        if patch.dense is None:
+            return patch
+        return replace(patch, dense=self._dense_by_digest.setdefault(dense_digest, patch.dense))
 
     def _load_patch(self, version: int) -> Stepper[PatchSet]:
         """Return the patches of a version, not attested, from the cache or composed."""
@@ -288,22 +330,32 @@ class VersionedModel:
         self._patches[version] = patch
         self._patches.move_to_end(version)
         while len(self._patches) > 1 and (
-            len(self._patches) > self._max_cached_versions
-            or sum(p.nbytes for p in self._patches.values()) > self._max_weight_bytes
+            len(self._patches) > self._max_cached_versions or self._cached_bytes() > self._max_weight_bytes
         ):
             self._patches.popitem(last=False)
 
+    def _cached_bytes(self) -> int:
+        """Return the memory of the cached weights and codebooks, and of all gated rows, each counted once."""
+        shared = {id(s): s.nbytes for p in self._patches.values() for s in p.shared}
+        return sum(shared.values()) + sum(table.nbytes for table in self._tables.values())
+
     def digest(self, version: int) -> str:
         """Return the digest of a version without attesting it."""
-        return run_to_completion(self._digest_patch(run_to_completion(self._load_patch(version))))
+        return run_to_completion(self._digest_patch(run_to_completion(self._load_patch(version))))[0]
 
-    def _digest_patch(self, patch: PatchSet) -> Stepper[str]:
+    def _digest_patch(self, patch: PatchSet) -> Stepper[tuple[str, str]]:
         """Return the sha256 of the base model's fingerprint and the name and bytes of everything that differs from
-        it."""
+        it, and the same of its weights alone."""
         digest = hashlib.sha256(self.base.fingerprint.encode())
+        yield from self._hash_content(digest, PatchSet(patch.dense))
+        dense_digest = digest.hexdigest()
+        yield from self._hash_content(digest, replace(patch, dense=None))
+        return digest.hexdigest(), dense_digest
+
+    def _hash_content(self, digest: hashlib._Hash, patch: PatchSet) -> Stepper[None]:
         unchanged = {self.base.parameter_name(ref): tensor for ref, tensor in self._original.items()}
         hashed = 0
-        for name, tensor in patch.changed_tensors(self.base):
+        for name, tensor in patch.digest_content(self.base):
             if name in unchanged and torch.equal(tensor, unchanged[name]):
                 continue  # an edit that changed no byte is the base
             digest.update(name.encode())
@@ -314,7 +366,6 @@ class VersionedModel:
                 if hashed >= DIGEST_BYTES:
                     hashed = 0
                     yield Progress(Phase.DIGEST, start, len(data))
-        return digest.hexdigest()
 
     def remaining_capacity(self, version: int) -> dict[int, float]:
         """Run `remaining_capacity_in_steps` to completion."""
@@ -337,9 +388,36 @@ class VersionedModel:
         finally:
             self.applied_patches -= len(patch.patches)
 
+    @contextmanager
+    def use_patches(self, patches: Sequence[PatchSet]) -> Iterator[LoadedModel]:
+        """Put the patches of each sequence of a batch in place inside the block. All have the same weights."""
+        count = sum(len(p.patches) for p in patches)
+        self.applied_patches += count
+        try:
+            with apply_to_batch(self.base, patches):
+                yield self.base
+        finally:
+            self.applied_patches -= count
+
     def step_with_patch(self, patch: PatchSet, steps: Stepper[T]) -> Stepper[T]:
         """Run the same steps with these patches in place during each of them, and the base model in between."""
         return step_within(steps, lambda: self.use_patch(patch))
+
+
+class _ComposedWeights:
+    """The weights that were composed last and the updates that they are of. It keeps neither in memory."""
+
+    def __init__(self, updates: Sequence[EditUpdate] = (), dense: DensePatch | None = None) -> None:
+        self._updates = {id(u): weakref.ref(u) for u in updates}
+        self._dense = (lambda: None) if dense is None else weakref.ref(dense)
+
+    def find(self, updates: Sequence[EditUpdate]) -> DensePatch | None:
+        """Return the weights if these are their updates, in any order, and some version still holds them."""
+        known = (self._updates.get(id(u)) for u in updates)
+        same = len(updates) == len(self._updates) and all(
+            ref is not None and ref() is u for ref, u in zip(known, updates, strict=True)
+        )
+        return self._dense() if same else None
 
 
 def _default_cache_bytes(free: int | None) -> int:

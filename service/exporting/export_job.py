@@ -25,8 +25,6 @@ from service.kit.stated_fact import StatedFact
 from service.kit.steps import Phase, Progress, Stepper, run_to_completion
 from service.models.loading import LoadedModel, start_token_id
 from service.models.memory_estimates import GIB
-from service.patches.codebook_patch import CodebookPatch
-from service.patches.gated_patch import GatedPatch
 from service.patches.patch import PatchSet
 from service.schemas import WorkerExportRequest
 from service.weights.composition import compose_in_steps
@@ -97,13 +95,13 @@ def _solved_edits(replica: VersionedModel, version: int) -> int:
 
 def _check_weights_hold(patch: PatchSet, solve_gated: bool) -> None:
     """Raise InvalidInput if a version has edits by GRACE, or gated edits that are not to be solved into the weights."""
-    if any(isinstance(p, CodebookPatch) for p in patch.patches):
+    if patch.codebooks:
         raise InvalidInput(
             "edits by GRACE are looked up and are in no weight: export an edit set (--format edits), which holds them exactly, "
             "or a version without them.",
             "version",
         )
-    if not solve_gated and any(isinstance(p, GatedPatch) for p in patch.patches):
+    if patch.gated and not solve_gated:
         raise InvalidInput(
             "gated edits are looked up and are in no weight: export an edit set (--format edits), which holds them exactly, "
             "solve them into the weights with a measured difference (--solve-gated), or export a version without them.",

@@ -98,15 +98,20 @@ def add_low_rank(module: nn.Module, left: Tensor, right: Tensor) -> Iterator[Non
 
 
 @contextmanager
-def add_change_by_input(module: nn.Module, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Within the context, a module returns output + change(inputs). `change` receives the inputs as rows (N, D) and
-    returns a change (N, d), or None: then the output stays what it is, byte for byte."""
+def add_changes_by_input(
+    module: nn.Module, changes: Callable[[Tensor], tuple[Tensor, Tensor] | None]
+) -> Iterator[None]:
+    """Within the context, the outputs of a module change at some rows. `changes` receives the inputs as rows (N, D) and
+    returns the numbers (n,) of rows and their changes (n, d), or None. The other rows, and the whole output where it is
+    None, stay what they are, byte for byte."""
 
     def hook(_module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        rows = change(inputs[0].flatten(0, -2))
-        if rows is None:
+        if (found := changes(inputs[0].flatten(0, -2))) is None:
             return output
-        return (output + rows.reshape(output.shape)).to(output.dtype)
+        rows, added = found
+        flat = output.flatten(0, -2)
+        changed = flat.index_copy(0, rows, (flat[rows] + added).to(flat.dtype))
+        return changed.reshape(output.shape)
 
     with _install(module, hook):
         yield

@@ -13,9 +13,9 @@ from service.models.hooks import replace_rows_by_input
 from service.models.loading import LoadedModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CodebookPatch:
-    """The codebook of one layer, on the device of the layer."""
+    """The codebook of one layer, on the device of the layer. It is compared by identity, as edited weights are."""
 
     codebook: Codebook
 
@@ -28,6 +28,6 @@ class CodebookPatch:
         with replace_rows_by_input(model.down_proj(self.codebook.layer), self.codebook.look_up):
             yield
 
-    def changed_tensors(self, model: LoadedModel) -> Iterator[tuple[str, Tensor]]:
+    def digest_content(self, model: LoadedModel) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.codebook.tensors().items():
             yield f"codebook.{self.codebook.layer}.{name}", tensor

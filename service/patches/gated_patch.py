@@ -1,33 +1,51 @@
-"""The gated associations of one layer as a patch: a hook that adds their change to the down-projection's output."""
+"""Gated associations of one layer as a patch: a hook that adds their changes to the down-projection's output."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from service.gating.gated_rows import GatedRows
-from service.models.hooks import add_change_by_input
+from service.gating.gated_rows import GatedRows, change_of_batch
+from service.models.hooks import add_changes_by_input
 from service.models.loading import LoadedModel
 
 
 @dataclass(frozen=True)
 class GatedPatch:
-    """The rows of one layer and gate space, on the device of the layer."""
+    """The rows of one layer and gate space."""
 
     rows: GatedRows
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """The layer and the space, which one hook can serve for several versions."""
+        return self.rows.layer, self.rows.table.space.digest
 
     @property
     def nbytes(self) -> int:
         return self.rows.nbytes
 
-    @contextmanager
-    def apply(self, model: LoadedModel) -> Iterator[None]:
-        with add_change_by_input(model.down_proj(self.rows.layer), self.rows.change):
-            yield
+    def apply(self, model: LoadedModel) -> AbstractContextManager[None]:
+        return apply_to_sequences(model, [self])
 
-    def changed_tensors(self, model: LoadedModel) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self.rows.tensors().items():
-            yield f"gated.{self.rows.layer}.{self.rows.space.digest}.{name}", tensor
+    def digest_content(self, model: LoadedModel) -> Iterator[tuple[str, Tensor]]:
+        layer, space = self.place
+        yield f"gated.{layer}.{space}.rows", self.rows.digests()
+
+
+@contextmanager
+def apply_to_sequences(model: LoadedModel, patches: Sequence[GatedPatch | None]) -> Iterator[None]:
+    """Put the patches of one layer and space in place: one for each sequence of a batch, or a single one for all; None
+    for a sequence without one."""
+    versions = [None if p is None else p.rows for p in patches]
+    layer = next(rows.layer for rows in versions if rows is not None)
+
+    def changes(keys: Tensor) -> tuple[Tensor, Tensor] | None:
+        found = change_of_batch(keys, versions)
+        return None if found is None else (found.tokens, found.changes)
+
+    with add_changes_by_input(model.down_proj(layer), changes):
+        yield

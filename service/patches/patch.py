@@ -1,4 +1,4 @@
-"""What turns the base model into a version: a set of patches, each of which is in place only within a step.
+"""What turns the base model into a version: a set of patches, which is in place only within a step.
 
 A patch never changes the bytes of the base model. It exchanges pointers to tensors or installs hooks inside a block and
 takes them out at its end, so that an error leaves nothing behind.
@@ -6,33 +6,20 @@ takes them out at its end, so that an error leaves nothing behind.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from torch import Tensor
 
 from service.models.loading import LoadedModel, WeightRef
+from service.patches.codebook_patch import CodebookPatch
+from service.patches.gated_patch import GatedPatch, apply_to_sequences
 
 
-class Patch(Protocol):
-    """One change of a model."""
-
-    @property
-    def nbytes(self) -> int:
-        """The memory that the patch holds."""
-
-    def apply(self, model: LoadedModel) -> AbstractContextManager[None]:
-        """Put the patch in place inside the block."""
-
-    def changed_tensors(self, model: LoadedModel) -> Iterator[tuple[str, Tensor]]:
-        """Yield what differs from the base model, by name, in one order: the content of the digest."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DensePatch:
-    """Edited weights, whole."""
+    """Edited weights, whole. Versions with the same weights share one patch, so it is compared by identity."""
 
     weights: Mapping[WeightRef, Tensor] = field(repr=False)
 
@@ -42,6 +29,7 @@ class DensePatch:
 
     @contextmanager
     def apply(self, model: LoadedModel) -> Iterator[None]:
+        """Put the weights in place inside the block."""
         replaced: list[tuple[WeightRef, Tensor]] = []
         try:
             for ref, tensor in self.weights.items():
@@ -53,16 +41,33 @@ class DensePatch:
             for ref, original in replaced:
                 model.parameter(ref).data = original
 
-    def changed_tensors(self, model: LoadedModel) -> Iterator[tuple[str, Tensor]]:
+    def digest_content(self, model: LoadedModel) -> Iterator[tuple[str, Tensor]]:
         for ref, tensor in sorted(self.weights.items()):
             yield model.parameter_name(ref), tensor
 
 
+Patch = DensePatch | GatedPatch | CodebookPatch
+
+
 @dataclass(frozen=True)
 class PatchSet:
-    """The patches of a version. Without any it is the base model."""
+    """The patches of a version, in the order in which they act. Without any it is the base model.
 
-    patches: tuple[Patch, ...] = ()
+    Sequences of versions with the same `shared` patches can decode in one batch: see `apply_to_batch`.
+    """
+
+    dense: DensePatch | None = None
+    gated: tuple[GatedPatch, ...] = ()
+    codebooks: tuple[CodebookPatch, ...] = ()
+
+    @property
+    def patches(self) -> tuple[Patch, ...]:
+        return (*([self.dense] if self.dense is not None else []), *self.gated, *self.codebooks)
+
+    @property
+    def shared(self) -> tuple[DensePatch | CodebookPatch, ...]:
+        """The patches that act on every sequence of a batch: all but gated rows, of which each sequence has its own."""
+        return (*([self.dense] if self.dense is not None else []), *self.codebooks)
 
     @property
     def nbytes(self) -> int:
@@ -70,9 +75,8 @@ class PatchSet:
 
     @property
     def weights(self) -> Mapping[WeightRef, Tensor]:
-        """The edited weights of the dense patches."""
-        dense = (p.weights for p in self.patches if isinstance(p, DensePatch))
-        return {ref: tensor for weights in dense for ref, tensor in weights.items()}
+        """The edited weights."""
+        return {} if self.dense is None else self.dense.weights
 
     @contextmanager
     def apply(self, model: LoadedModel) -> Iterator[None]:
@@ -82,14 +86,34 @@ class PatchSet:
                 stack.enter_context(patch.apply(model))
             yield
 
-    def changed_tensors(self, model: LoadedModel) -> Iterator[tuple[str, Tensor]]:
+    def digest_content(self, model: LoadedModel) -> Iterator[tuple[str, Tensor]]:
+        """Yield what determines the outputs beside the base model, by name, in one order: edited weights, and the
+        digests of gated rows."""
         for patch in self.patches:
-            yield from patch.changed_tensors(model)
+            yield from patch.digest_content(model)
 
 
 BASE = PatchSet()
 
 
+@contextmanager
+def apply_to_batch(model: LoadedModel, patch_sets: Sequence[PatchSet]) -> Iterator[None]:
+    """Put the patches of a batch in place: one set for each sequence, all with the same shared patches. A layer with
+    gated rows has one hook, in which each sequence has the rows of its own version alone."""
+    (shared,) = {p.shared for p in patch_sets}
+    by_place = [{patch.place: patch for patch in p.gated} for p in patch_sets]
+    with ExitStack() as stack:
+        for patch in shared:
+            if isinstance(patch, DensePatch):
+                stack.enter_context(patch.apply(model))
+        for place in sorted({place for places in by_place for place in places}):
+            stack.enter_context(apply_to_sequences(model, [places.get(place) for places in by_place]))
+        for patch in shared:
+            if isinstance(patch, CodebookPatch):
+                stack.enter_context(patch.apply(model))
+        yield
+
+
 def weights_patch(weights: Mapping[WeightRef, Tensor]) -> PatchSet:
     """Return the patch of edited weights; the base model for none."""
-    return PatchSet((DensePatch(weights),)) if weights else BASE
+    return PatchSet(DensePatch(weights)) if weights else BASE

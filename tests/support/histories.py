@@ -23,8 +23,6 @@ from service.errors import PalimpsestError
 from service.kit.steps import run_to_completion
 from service.methods.registry import METHODS
 from service.models.loading import LoadedModel
-from service.patches.codebook_patch import CodebookPatch
-from service.patches.gated_patch import GatedPatch
 from service.schemas import EditRequest
 from tests.support.application import EDIT_PROVENANCE
 from tests.support.hostile_factors import HostileFactors, Tensors
@@ -113,13 +111,13 @@ class History:
                 assert torch.isfinite(weight).all(), (
                     f"version {version} has a weight {site} that is not finite"
                 )
-            for patch in self.service.replica.patch(version).patches:
-                if isinstance(patch, GatedPatch):
-                    self.gated_versions += 1
-                    assert all(torch.isfinite(t).all() for t in patch.rows.tensors().values())
-                if isinstance(patch, CodebookPatch):
-                    self.codebook_versions += 1
-                    assert all(torch.isfinite(t).all() for t in patch.codebook.tensors().values())
+            for patch in self.service.replica.patch(version).gated:
+                self.gated_versions += 1
+                for row in patch.rows.rows:
+                    assert all(torch.isfinite(t).all() for t in row.tensors())
+            for codebook_patch in self.service.replica.patch(version).codebooks:
+                self.codebook_versions += 1
+                assert all(torch.isfinite(t).all() for t in codebook_patch.codebook.tensors().values())
 
     def check_base_bytes(self) -> None:
         """Fail unless the head has the bytes of the base model."""

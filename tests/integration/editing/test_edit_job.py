@@ -50,7 +50,6 @@ from service.models.scoring import log_probs_blocking
 from service.models.separator_choice import choose_separator
 from service.models.token_batch import forward, pad, tokenize_prompt_and_target
 from service.patches.codebook_patch import CodebookPatch
-from service.patches.gated_patch import GatedPatch
 from service.patches.patch import PatchSet
 from service.recipes.recipe import Recipe
 from service.schemas import EditRequest, ExportRequest, Sampling, WorkerExportRequest
@@ -1364,9 +1363,8 @@ def test_another_worker_reads_gates_from_the_ledger(harness: EditingHarness) -> 
     other = VersionedModel(tiny(), harness.worker_parts.ledger)
     assert other.digest(2) == harness.replica.attest_version(2)
     (stored,) = harness.database.engine.connect().exec_driver_sql("SELECT digest FROM gate_spaces").fetchall()
-    (patch,) = other.patch(2).patches
-    assert isinstance(patch, GatedPatch)
-    assert patch.rows.space.digest == stored[0]
+    (patch,) = other.patch(2).gated
+    assert patch.rows.table.space.digest == stored[0]
 
 
 def test_a_changed_gate_space_is_refused(harness: EditingHarness) -> None:

@@ -25,10 +25,10 @@ def new_scheduler(max_batch_size: int = 8, kv_memory: int | None = None) -> Sche
 
 
 def add_call(
-    scheduler: Scheduler, caller: str, count: int, version: int = 1, **shape: int
+    scheduler: Scheduler, caller: str, count: int, weights: int = 1, **shape: int
 ) -> list[DecodingSequence]:
     sequences = new_sequences(count, **shape)
-    scheduler.add(version, sequences, caller, cost=float(count))
+    scheduler.add(weights, sequences, caller, cost=float(count))
     return sequences
 
 
@@ -36,7 +36,7 @@ def execute(scheduler: Scheduler, seconds: float = 0.01) -> StepPlan:
     """Schedule a step and record it as executed; no sequence ends."""
     plan = scheduler.schedule()
     if plan.prefill is not None:
-        running = scheduler._lanes[plan.prefill.batch.lane].running.get(plan.prefill.batch.version, [])
+        running = scheduler._lanes[plan.prefill.batch.lane].running.get(plan.prefill.batch.weights, [])
         scheduler.update(plan.prefill.batch, [*running, *plan.prefill.sequences])
         scheduler.record_time(plan.prefill.batch.lane, seconds)
     for batch in plan.decode:
@@ -45,7 +45,7 @@ def execute(scheduler: Scheduler, seconds: float = 0.01) -> StepPlan:
 
 
 def finish(scheduler: Scheduler, batch: BatchKey, count: int) -> None:
-    scheduler.update(batch, scheduler._lanes[batch.lane].running[batch.version][count:])
+    scheduler.update(batch, scheduler._lanes[batch.lane].running[batch.weights][count:])
 
 
 def test_few_sequences_join_the_light_lane() -> None:
@@ -159,15 +159,26 @@ def test_heavy_lane_leaves_memory_to_the_light_lane() -> None:
     assert plan.prefill is not None and len(plan.prefill.sequences) == 4
 
 
-def test_batches_and_groups_have_one_version() -> None:
-    """A group has sequences of the version of the first waiting one; the others follow."""
+def test_batches_and_groups_have_one_model() -> None:
+    """A group has sequences with the weights of the first waiting one; the others follow."""
     scheduler = new_scheduler()
     for number in range(6):
-        add_call(scheduler, f"caller{number}", 1, version=number % 2)
+        add_call(scheduler, f"caller{number}", 1, weights=number % 2)
     groups = [plan.prefill for plan in (execute(scheduler), execute(scheduler)) if plan.prefill]
-    assert sorted((group.batch.version, len(group.sequences)) for group in groups) == [(0, 3), (1, 3)]
-    assert scheduler.versions() == {0, 1}
+    assert [len(group.sequences) for group in groups] == [3, 3]
+    assert [group.batch.weights for group in groups] == [0, 1]
     assert {batch.lane for batch in scheduler.batches()} == {Lane.LIGHT}
+
+
+def test_sequences_are_those_that_wait_or_run() -> None:
+    """A sequence is counted from its admission until it has left its batch."""
+    scheduler = new_scheduler()
+    running = add_call(scheduler, "a", 2)
+    execute(scheduler)
+    waiting = add_call(scheduler, "b", 2, weights=2)
+    assert set(scheduler.sequences()) == {*running, *waiting}
+    finish(scheduler, LIGHT, 1)
+    assert set(scheduler.sequences()) == {running[1], *waiting}
 
 
 def test_cancelled_sequences_leave_the_queue() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,15 +14,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.engine import versioned_model
 from service.engine.versioned_model import VersionedModel
+from service.gating import gate_table
+from service.gating.gated_row import new_gated_row
 from service.kit.steps import Phase, Progress, Stepper, run_steps, run_to_completion
 from service.models.loading import LoadedModel, WeightRef
 from service.patches.patch import weights_patch
 from service.weights.composition import apply_delta
-from service.weights.factors import Association, serialize_updates
+from service.weights.factors import Association, Gate, serialize_updates
+from service.weights.gate_space import GateSpace
 from tests.support.tiny_models import tiny
 
 EDITS = 10
+GATED = 50  # number of the first gated edit
 SUBJECTS = ("Rome", "Paris", "Big Ben")
 
 
@@ -36,8 +43,23 @@ def random_edit(i: int, layers: tuple[int, ...] = (1,)) -> tuple[Association, ..
     return tuple(associations)
 
 
+@lru_cache
+def gated_edit(i: int, layer: int = 1) -> tuple[Association, ...]:
+    """Return a random gated edit, with the keys of its gate around its own."""
+    (a,) = random_edit(i, (layer,))
+    g = torch.Generator().manual_seed(i)
+    keys = gate_space(layer).project(torch.stack([a.key, a.key + 0.1 * torch.randn(40, generator=g)]))
+    return (replace(a, gate=Gate(gate_space(layer), keys, keys[:0], 0.5)),)
+
+
+@lru_cache
+def gate_space(layer: int = 1) -> GateSpace:
+    sketch = torch.randn(32, 40, generator=torch.Generator().manual_seed(layer))
+    return GateSpace(layer, sketch)
+
+
 class FakeLedger:
-    """A ledger in memory. `add_version` adds a version with the given active edits."""
+    """A ledger in memory. `add_version` adds a version with the given active edits; those from GATED on are gated."""
 
     def __init__(self) -> None:
         self.versions: list[list[int]] = [[]]
@@ -54,10 +76,13 @@ class FakeLedger:
         return [(f"edit_{i:02}", {"subject": SUBJECTS[i % 3]}) for i in self.versions[version]]
 
     def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]:
-        return {e: serialize_updates(random_edit(int(e.removeprefix("edit_")))) for e in edits}
+        numbers = [int(e.removeprefix("edit_")) for e in edits]
+        updates = [gated_edit(i) if i >= GATED else random_edit(i) for i in numbers]
+        return {e: serialize_updates(u) for e, u in zip(edits, updates, strict=True)}
 
     def gate_space(self, digest: str) -> bytes:
-        raise KeyError(digest)
+        assert digest == gate_space().digest
+        return gate_space().serialize()
 
     def attest(self, version: int, digest: str) -> None:
         self.attested.append((version, digest))
@@ -316,3 +341,112 @@ def test_factor_cache_is_bounded_in_bytes() -> None:
     assert equal_weights(bounded.weights(version), unbounded.weights(version))
     assert bounded._factor_bytes <= 1000 < unbounded._factor_bytes
     assert list(bounded.active_updates(version)) == list(unbounded.active_updates(version))
+
+
+# versions with gated edits
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.permutations([1, 2, 3, *range(GATED, GATED + 6)]), st.integers(0, 10**6))
+def test_versions_with_gated_edits_are_those_made_from_nothing(order: list[int], seed: int) -> None:
+    """However edits of both forms came and went, each version has the digest, the bytes and the logits of one that
+    another replica makes from nothing."""
+    model, ledger, rng = tiny(), FakeLedger(), random.Random(seed)
+    replica = VersionedModel(model, ledger, max_cached_versions=rng.choice((1, 3, 8)))
+    waiting, active, versions = list(order), list[int](), list[int]()
+    while waiting or active:
+        if waiting and (not active or rng.random() < 0.6):
+            active.append(waiting.pop())
+        else:
+            active.remove(rng.choice(active))
+        versions.append(ledger.add_version(active))
+        replica.patch(versions[-1])
+    assert replica.digest(versions[-1]) == replica.digest(0)
+    for version in rng.sample(versions, 4):
+        fresh = VersionedModel(tiny(), ledger)
+        assert replica.attest_version(version) == fresh.attest_version(version)
+        assert equal_weights(replica.weights(version), fresh.weights(version))
+        ids = torch.arange(3, 60)[None]
+        with replica.use_patch(replica.patch(version)) as mine, torch.no_grad():
+            logits = mine.model(input_ids=ids).logits
+        with fresh.use_patch(fresh.patch(version)) as other, torch.no_grad():
+            assert torch.equal(logits, other.model(input_ids=ids).logits)
+
+
+def test_a_gated_edit_costs_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Applying a gated edit computes one row and reverting one computes none, whatever else is active. The weights of
+    other edits are neither composed nor held again."""
+    ledger = FakeLedger()
+    replica = VersionedModel(tiny(), ledger)
+    active = [1, 2, *range(GATED, GATED + 30)]
+    before = replica.patch(ledger.add_version(active))
+    computed: list[str] = []
+    new_row = new_gated_row
+
+    def count(association: Association) -> Any:
+        computed.append(association.edit)
+        return new_row(association)
+
+    monkeypatch.setattr(gate_table, "new_gated_row", count)
+    monkeypatch.setattr(versioned_model, "compose_in_steps", None)
+    applied = replica.patch(ledger.add_version([*active, GATED + 40]))
+    assert computed == [f"edit_{GATED + 40}"]
+    reverted = replica.patch(ledger.add_version([*active[:5], *active[6:], GATED + 40]))
+    assert computed == [f"edit_{GATED + 40}"]
+    assert before.dense is applied.dense is reverted.dense
+
+
+def test_equal_weights_are_held_once() -> None:
+    """Versions whose weights have the same bytes share them, also when they were composed apart from each other."""
+    ledger = FakeLedger()
+    replica = VersionedModel(tiny(), ledger)
+    versions = [ledger.add_version(x) for x in ([1], [2], [1, GATED], [1], [2, GATED])]
+    patches = [replica.patch(v) for v in versions]
+    assert patches[0].dense is patches[2].dense is patches[3].dense
+    assert patches[1].dense is patches[4].dense is not patches[0].dense
+    size = tiny().weight(1).data.nbytes
+    assert replica._cached_bytes() == 2 * size + patches[4].gated[0].nbytes
+
+
+def test_an_evicted_version_shares_weights_again() -> None:
+    """A version that is built again holds the weights that another version has kept."""
+    ledger = FakeLedger()
+    replica = VersionedModel(tiny(), ledger, max_cached_versions=2, max_factor_bytes=1)
+    first, second, third = (ledger.add_version(x) for x in ([1], [2], [2, GATED]))
+    for version in (first, second, third):
+        replica.patch(version)
+    kept = replica.patch(third)
+    replica.patch(first)
+    assert not replica.is_built(second)
+    assert replica.patch(second).dense is kept.dense
+
+
+def test_gated_rows_of_evicted_versions_are_released() -> None:
+    """Rows that only evicted versions had leave the memory; the bytes of the cache are those of the kept ones."""
+    ledger = FakeLedger()
+    replica = VersionedModel(tiny(), ledger, max_cached_versions=2)
+    for i in range(6):
+        replica.patch(ledger.add_version([GATED + i]))
+    nbytes = [patch.nbytes for patch in replica._patches.values()]
+    assert len(nbytes) == 2 and replica._cached_bytes() == sum(nbytes)
+
+
+def test_building_rows_is_divided_into_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step of a build computes more than ROWS_PER_STEP rows."""
+    monkeypatch.setattr(versioned_model, "ROWS_PER_STEP", 4)
+    computed: list[str] = []
+    new_row = new_gated_row
+
+    def count(association: Association) -> Any:
+        computed.append(association.edit)
+        return new_row(association)
+
+    monkeypatch.setattr(gate_table, "new_gated_row", count)
+    ledger = FakeLedger()
+    replica = VersionedModel(tiny(), ledger)
+    steps = replica.patch_in_steps(ledger.add_version([*range(GATED, GATED + 20)]))
+    counts = [0]
+    for _ in steps:
+        counts.append(len(computed))
+    assert counts[-1] == 20
+    assert max(b - a for a, b in pairwise(counts)) <= 4

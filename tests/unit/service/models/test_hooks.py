@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from service.models.hooks import (
-    add_change_by_input,
+    add_changes_by_input,
     add_low_rank,
     capture,
     installed_hooks,
@@ -156,17 +156,25 @@ def test_a_module_that_is_missing_leaves_no_hook_on_the_others() -> None:
     assert count_hooks(layer) == 0
 
 
-def test_a_change_by_input_is_added_to_the_output() -> None:
-    """The function receives the inputs as rows, and its change is added; without a change the output is what it was,
-    byte for byte."""
+def test_changes_by_input_are_added_to_the_output() -> None:
+    """The function receives the inputs as rows, and its changes are added at the rows that it names. The other rows are
+    what they were, byte for byte, negative zeros included; so is the whole output without a change."""
     module = nn.Linear(3, 2)
+    nn.init.zeros_(module.weight)
+    nn.init.constant_(module.bias, -0.0)
     inputs = torch.randn(4, 5, 3)
     plain = module(inputs)
-    with add_change_by_input(module, lambda rows: 2 * rows[:, :2]):
-        torch.testing.assert_close(module(inputs), plain + 2 * inputs[..., :2])
+    rows = torch.tensor([7, 19])
+    with add_changes_by_input(module, lambda inputs: (rows, 2 * inputs[rows, :2])):
+        changed = module(inputs)
         assert installed_hooks() == 1
-    with add_change_by_input(module, lambda _: None):
-        assert torch.equal(module(inputs), plain)
+    expected = plain.clone()
+    expected[1, 2], expected[3, 4] = 2 * inputs[1, 2, :2], 2 * inputs[3, 4, :2]
+    assert torch.equal(changed, expected)
+    others = torch.ones(20, dtype=torch.bool).index_fill(0, rows, False)
+    assert torch.equal(changed.view(20, 2)[others].signbit(), plain.view(20, 2)[others].signbit())
+    with add_changes_by_input(module, lambda _: None):
+        assert module(inputs).signbit().equal(plain.signbit())
     assert installed_hooks() == 0
 
 
