@@ -61,10 +61,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(command: AuditCommand, args: argparse.Namespace) -> int:
     """Run a command on the database."""
-    from service.bootstrap import open_database
+    from cli.existing_database import open_existing_database
 
     settings = read_settings(args, Settings)
-    with closing(open_database(settings)) as database:
+    with closing(open_existing_database(settings)) as database:
         return command(args, settings, database)
 
 

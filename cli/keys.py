@@ -86,14 +86,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(command: KeyCommand, args: argparse.Namespace) -> int:
-    """Migrate the database and run a command on its keys."""
+    """Migrate the database and run a command on its keys. Only `create` creates a missing database."""
+    from cli.existing_database import open_existing_database
     from service.application.api_keys import ApiKeys
     from service.application.development import KeyMarker
     from service.bootstrap import open_database
     from service.ledger import audit
 
     settings = read_settings(args, Settings)
-    database = open_database(settings)
+    database = open_database(settings) if command is create_key else open_existing_database(settings)
     try:
         database.migrate()
         audit.establish(database)
