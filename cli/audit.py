@@ -28,7 +28,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "audit",
         help=summary_of("audit"),
         description="Verify the ledger in the database itself, and show or replace the key that signs it.",
-        allow_abbrev=False,
     )
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     verify = add_command(verbs, "verify", partial(run, verify_offline), "verify the ledger without a service")

@@ -26,7 +26,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "keys",
         help=summary_of("keys"),
         description="Create, list and revoke API keys, directly in the database.",
-        allow_abbrev=False,
     )
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     create = add_command(verbs, "create", partial(run, create_key), "create an API key and print it once")

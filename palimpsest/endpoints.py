@@ -536,6 +536,11 @@ class Endpoints:
         response = await self._transport.create("/import", exported, key, 0)
         return await self._edits_of(response, False, None), frozenset(response["already_present"])
 
+    @endpoint
+    async def get_export(self, id: str) -> Export:
+        """Return an export by its id."""
+        return await self._get_job(Export, id)
+
     # shared by the calls
 
     async def _export(self, file: IO[bytes], version: Version, format: ExportFormat) -> str:

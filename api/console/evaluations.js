@@ -216,7 +216,8 @@ async function showNewest(place, signal) {
 }
 
 function title({ method, mode, dataset, records, limit }) {
-  const count = dataset ? `${limit ? `${limit} ` : ""}known facts` : plural(records, "record");
+  const part = limit && limit < records ? `${limit} of ` : "";
+  const count = dataset ? `${limit ? `${limit} ` : ""}known facts` : part + plural(records, "record");
   return `${method} on ${count}, ${mode === "sequence" ? "in sequence" : "each alone"}`;
 }
 

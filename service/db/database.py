@@ -123,7 +123,7 @@ class Database:
 
     @cached_property
     def signing_key(self) -> SigningKey:
-        """The key that signs audit records. Its file is created if there is neither a file nor a setting, and it may."""
+        """The key that signs audit records. If there is neither a file nor a setting, its file is created if it may."""
         if self._ledger_key is not None:
             return parse_key(self._ledger_key, "PALIMPSEST_LEDGER_KEY")
         if self.data_dir is None:
