@@ -1,12 +1,25 @@
 // The page /redoc: ReDoc on the OpenAPI document of this service.
 
 // ReDoc shows the logo of its maker, which is on another host. It hides the image if that fails, as it does here.
-const setAttribute = HTMLImageElement.prototype.setAttribute;
-HTMLImageElement.prototype.setAttribute = function (name, value) {
-  const address = new URL(value, document.baseURI);
-  if (name !== "src" || address.protocol === "data:" || address.origin === location.origin)
-    setAttribute.call(this, name, value);
-  else queueMicrotask(() => this.dispatchEvent(new Event("error")));
-};
+// React sets the attribute, and then the property.
+const attribute = HTMLImageElement.prototype.setAttribute;
+const property = Object.getOwnPropertyDescriptor(HTMLImageElement.prototype, "src");
 
-Redoc.init("openapi.json", { disableSearch: false, nativeScrollbars: true }, document.getElementById("redoc"));
+function setSource(image, value) {
+  const address = new URL(value, document.baseURI);
+  if (address.protocol === "data:" || address.origin === location.origin) property.set.call(image, value);
+  else queueMicrotask(() => image.dispatchEvent(new Event("error")));
+}
+
+HTMLImageElement.prototype.setAttribute = function (name, value) {
+  if (name === "src") setSource(this, value);
+  else attribute.call(this, name, value);
+};
+Object.defineProperty(HTMLImageElement.prototype, "src", {
+  ...property,
+  set(value) {
+    setSource(this, value);
+  },
+});
+
+Redoc.init("openapi.json", { nativeScrollbars: true }, document.getElementById("redoc"));
