@@ -91,6 +91,7 @@ class EditRequest(TypedDict, total=False):
     probes: Probes | Literal["auto"]
     guard: Mapping[str, Any]
     dry_run: bool
+    try_layers: bool
 
 
 class Endpoints:
@@ -119,6 +120,7 @@ class Endpoints:
         probes: Probes | Literal["auto"] | None = None,
         guard: Mapping[str, Any] | None = None,
         dry_run: bool | None = None,
+        try_layers: bool | None = None,
         key: str | None = None,
         wait: bool = True,
         on_progress: OnProgress | None = None,
@@ -149,6 +151,7 @@ class Endpoints:
             probes=probes,
             guard=guard,
             dry_run=dry_run,
+            try_layers=try_layers,
         )
         edit = await self._create_job(Edit, body, key, wait, on_progress)
         return _require_applied(edit) if wait else edit

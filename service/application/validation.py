@@ -15,6 +15,8 @@ from service.kit.separator import Separator
 from service.kit.stated_fact import StatedFact
 from service.kit.text import token_span
 from service.kit.text_encoder import TextEncoder
+from service.methods.registry import METHODS, get_method
+from service.recipes.default import can_try_layers
 from service.recipes.recipe import Recipe, resolve_hparams
 from service.schemas import (
     ChatProbe,
@@ -43,6 +45,9 @@ def validate_edit(request: EditRequest, model: Model, encoder: TextEncoder) -> N
                 encoder.check_plain(neighbour.prompt_text, "prompt")
             _validate_target(encoder, neighbour.prompt_text, neighbour.target, "target")
     resolve_hparams(_recipe_of(model), request.hparams, model.info["layers"], request.method or "rome")
+    if request.try_layers and not can_try_layers(get_method(request.method or "rome")):
+        methods = ", ".join(method.name for method in METHODS.values() if can_try_layers(method))
+        raise InvalidInput(f"the layers of {request.method} are fixed: use one of {methods}.", "try_layers")
 
 
 def _validate_statement(request: EditRequest, encoder: TextEncoder) -> None:
