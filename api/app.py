@@ -24,6 +24,7 @@ from api.routes import (
     compare,
     completions,
     console,
+    documentation,
     edits,
     evaluations,
     exports,
@@ -78,6 +79,7 @@ OTHER_ROUTERS = (
     metrics.router,
     health.router,
     console.router,
+    documentation.router,
 )
 
 
@@ -88,7 +90,7 @@ class PalimpsestApp(FastAPI):
         """Wrap the stack of the framework, so that responses to unexpected errors are logged and have all headers,
         too."""
         stack = super().build_middleware_stack()
-        return RequestLogMiddleware(SecurityHeadersMiddleware(stack, self.docs_url))
+        return RequestLogMiddleware(SecurityHeadersMiddleware(stack))
 
     def openapi(self) -> dict[str, Any]:
         """Return the OpenAPI document with the schema of problem documents."""
@@ -123,8 +125,8 @@ def create_app(
         summary="Edit facts in a language model, and revert the edits",
         description=DESCRIPTION,
         redirect_slashes=False,
+        docs_url=None,  # those of FastAPI load their scripts from other hosts
         redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
         lifespan=lifespan,
         routes=_routes(),
     )

@@ -28,7 +28,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "audit",
         help=summary_of("audit"),
         description="Verify the ledger in the database itself, and show or replace the key that signs it.",
-        allow_abbrev=False,
     )
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     verify = add_command(verbs, "verify", partial(run, verify_offline), "verify the ledger without a service")
@@ -61,10 +60,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(command: AuditCommand, args: argparse.Namespace) -> int:
     """Run a command on the database."""
-    from service.bootstrap import open_database
+    from cli.existing_database import open_existing_database
 
     settings = read_settings(args, Settings)
-    with closing(open_database(settings)) as database:
+    with closing(open_existing_database(settings)) as database:
         return command(args, settings, database)
 
 

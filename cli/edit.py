@@ -51,6 +51,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--dry-run", action="store_true", help="measure the edit without applying it")
     parser.add_argument(
+        "--try-layers",
+        action="store_true",
+        help="measure the edit at about six layers without applying it, and then in full at the best one",
+    )
+    parser.add_argument(
         "--paraphrase",
         metavar="PROMPT",
         action="append",
@@ -93,8 +98,9 @@ def edit_fields(args: argparse.Namespace) -> dict[str, Any]:
         "separator": separator_of(args),
         "objective": args.objective,
         "on_conflict": args.on_conflict,
-        "dry_run": args.dry_run,
         "form": args.form,
+        "dry_run": args.dry_run or args.try_layers,
+        "try_layers": args.try_layers or None,
         "hparams": dict(parse_hparam(text) for text in args.hparam or ()) or None,
         "probes": probe_choice(args.paraphrase, args.no_probes),
     }

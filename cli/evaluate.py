@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from service.schemas import EvaluationPlan
 
 ARTIFACTS_DIR, RESULT_FILE, REPORT_FILE, DPI = "kept", "result.json", "report.html", 200
+RESUME_HINT = "The same command continues: what was measured is stored in the folder of --out."
 MIN_DAMAGE_TEXTS = 32  # statements of other records; with fewer, the corpus of the model is used
 MAX_OTHER_RECORDS = 1000  # maximum number of records that provide damage texts
 #: flags that the service does not support: it takes the records in the order of the seed and has its own damage texts
@@ -49,6 +50,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Measure the quality of edits on a set of records. The model is loaded in this process; an interrupted "
         "evaluation resumes. `--service` runs it as a job of the service instead.",
     )
+    parser.set_defaults(resume_hint=RESUME_HINT)
     add = parser.add_argument
     add(
         "source",
@@ -138,7 +140,10 @@ def add_split_flag(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate in this process, or as a job of the service."""
-    return run_with_client(submit_evaluation, args) if args.service else evaluate_locally(args)
+    if args.service:
+        args.resume_hint = ""  # the job goes on
+        return run_with_client(submit_evaluation, args)
+    return evaluate_locally(args)
 
 
 def evaluate_locally(args: argparse.Namespace) -> int:

@@ -45,7 +45,8 @@ def describe_request(evaluation: JobJson) -> str:
     source = request.get("dataset") or (
         f"{record_count} records" if isinstance(record_count, int) else "records"
     )
-    records = source if limit is None else f"{limit} of {source}"
+    is_part = limit is not None and not (isinstance(record_count, int) and limit >= record_count)
+    records = f"{limit} of {source}" if is_part else source
     description = f"{request['objective']} by {request['method']}, {request['mode']}, {records}"
     return (
         f"{description}; {progress['phase']}: {progress['done']} of {progress['total']}"

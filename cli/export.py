@@ -7,15 +7,20 @@ import tempfile
 import zipfile
 from contextlib import closing
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from cli.client import add_connection_flags, run_with_client
+from cli.existing_database import open_existing_database
 from cli.flags import add_command, add_json_flag, add_setting_flags, add_version_flag, read_settings
 from cli.local_model import MODEL_SETTINGS, load_served_model
 from cli.terminal import err, out, print_json, progress_bar, strip_control_chars
 from palimpsest import Client
 from service.errors import InvalidInput
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.db.database import Database
+    from service.models.loading import LoadedModel
 
 FORMAT_NAMES = {
     "peft": "The LoRA adapter",
@@ -106,21 +111,26 @@ def _save_file(file: IO[bytes], path: Path, name: str) -> Path:
 
 def export_model(args: argparse.Namespace) -> int:
     """Export a complete model in this process, from the base model and the ledger. Both are only read."""
-    settings, folder = read_settings(args, Settings), Path(args.out)
-    _require_empty(folder)
-    model = load_served_model(settings)
-    from service.bootstrap import open_database
+    settings = read_settings(args, Settings)
+    _require_empty(Path(args.out))
+    database = open_existing_database(settings)  # before the model, which takes longer
+    with closing(database):
+        model = load_served_model(settings)
+        return _export_from(database, model, args)
+
+
+def _export_from(database: Database, model: LoadedModel, args: argparse.Namespace) -> int:
+    """Write the model at the version that the ledger of the database describes."""
     from service.engine.versioned_model import VersionedModel
     from service.exporting.export_job import write_model
     from service.ledger.read_only import ReadOnlyLedger
     from workers.model_info import device_kind
 
-    with closing(open_database(settings)) as database:
-        reader = ReadOnlyLedger(database, model.fingerprint, device_kind(model))
-        version = reader.resolve_version(args.version)
-        manifest = write_model(
-            VersionedModel(model, reader, reader.attest), version, folder, solve_gated=args.solve_gated
-        )
+    folder = Path(args.out)
+    reader = ReadOnlyLedger(database, model.fingerprint, device_kind(model))
+    version = reader.resolve_version(args.version)
+    replica = VersionedModel(model, reader, reader.attest)
+    manifest = write_model(replica, version, folder, solve_gated=args.solve_gated)
     confirmation = (
         "Its weights match the digest of a worker."
         if reader.confirmed

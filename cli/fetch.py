@@ -37,6 +37,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--if-known", action="store_true", help="do nothing for the name of another model, for scripts"
     )
+    parser.set_defaults(
+        resume_hint="The same command fetches it again, and continues a download from the hub."
+    )
     add_setting_flags(parser, Settings, "models_dir")
     add_json_flag(parser)
 

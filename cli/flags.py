@@ -7,7 +7,7 @@ import math
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsError
@@ -35,7 +35,7 @@ def add_command(
     """Add a command that `run` carries out. `summary` defaults to that of the overview."""
     summary = summary or summary_of(name)
     description = options.pop("description", None) or _sentence(summary)
-    parser = commands.add_parser(name, help=summary, description=description, allow_abbrev=False, **options)
+    parser = commands.add_parser(name, help=summary, description=description, **options)
     parser.set_defaults(run=run)
     return parser
 
@@ -81,7 +81,7 @@ def add_hparam_flag(parser: argparse.ArgumentParser) -> None:
         "--hparam",
         metavar="NAME=VALUE",
         action="append",
-        help="set a hyperparameter of the method; repeatable",
+        help="set a hyperparameter of the method, such as steps=20 or 'layers=[7]'; repeatable",
     )
 
 
@@ -150,17 +150,22 @@ def default_text(settings: type[BaseSettings], name: str) -> str:
 
 def _value_options(annotation: Any) -> dict[str, Any]:
     """Return the placeholder of a value in `--help`, or its choices."""
-    if isinstance(annotation, types.UnionType):
+    if get_origin(annotation) in (types.UnionType, Union):  # a Literal with None is the latter
         annotation = next(a for a in get_args(annotation) if a is not type(None))
     if get_origin(annotation) is Literal:
         return {"metavar": "|".join(get_args(annotation))}
     return {"metavar": FORMATS.get(annotation, "VALUE")}
 
 
+def flag_fields(settings: type[BaseSettings]) -> list[str]:
+    """Return the fields that have a flag: all but those that only tests set, by the environment."""
+    return [name for name, field in settings.model_fields.items() if not field.json_schema_extra]
+
+
 def add_setting_flags(parser: argparse._ActionsContainer, settings: type[BaseSettings], *only: str) -> None:
     """Add a flag for every field, or for the given ones. Values stay text: pydantic parses them as it parses
     variables."""
-    for name in only or settings.model_fields:
+    for name in only or flag_fields(settings):
         field = settings.model_fields[name]
         default = default_text(settings, name)
         text = f"{field.description} [{variable_name(settings, name)}{f'; default: {default}' if default else ''}]"

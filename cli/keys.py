@@ -26,7 +26,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "keys",
         help=summary_of("keys"),
         description="Create, list and revoke API keys, directly in the database.",
-        allow_abbrev=False,
     )
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     create = add_command(verbs, "create", partial(run, create_key), "create an API key and print it once")
@@ -86,17 +85,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(command: KeyCommand, args: argparse.Namespace) -> int:
-    """Migrate the database and run a command on its keys."""
+    """Migrate the database and run a command on its keys. Only `create` creates a missing database."""
+    from cli.existing_database import open_existing_database
     from service.application.api_keys import ApiKeys
     from service.application.development import KeyMarker
     from service.bootstrap import open_database
     from service.ledger import audit
 
     settings = read_settings(args, Settings)
-    database = open_database(settings)
+    database = open_database(settings) if command is create_key else open_existing_database(settings)
     try:
         database.migrate()
-        audit.establish(database)
+        if command is not list_keys:  # which signs nothing and needs no ledger key
+            audit.establish(database)
         keys = ApiKeys(database)
         result = command(args, keys)
         if keys.all():

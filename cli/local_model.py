@@ -10,6 +10,7 @@ from cli.terminal import progress_bar
 from service.datasets.fact_table import FACTS_FILE
 from service.errors import Misconfigured
 from service.fetching.models_folder import resolve_model
+from service.kit.extras import install_command
 from service.kit.model_files import companion_file, local_model
 from service.kit.steps import Stepper, run_steps
 from service.settings import Settings
@@ -50,7 +51,7 @@ def missing_dependency_error(missing: ModuleNotFoundError) -> Exception:
     if missing.name not in ("gguf", "torch", "transformers"):
         return missing
     return Misconfigured(
-        f"{missing.name} is not installed; loading a model requires it: pip install -c constraints.txt -e '.[worker]'"
+        f"{missing.name} is not installed; loading a model requires it: {install_command('worker')}"
     )
 
 

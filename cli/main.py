@@ -12,7 +12,9 @@ from importlib import import_module
 from typing import Any
 
 from cli.entry import installed_version
+from cli.hparam_flags import in_flags
 from cli.overview import overview
+from cli.parser import CommandParser
 from cli.terminal import err, print_json, strip_control_chars
 from palimpsest import PalimpsestError as ClientError
 from service.errors import Misconfigured, PalimpsestError, error_document
@@ -48,7 +50,7 @@ COMMANDS = (
 MODULES = {"import": "import_edits"}  #: of commands whose module has another name
 
 
-class RootParser(argparse.ArgumentParser):
+class RootParser(CommandParser):
     """The parser of the command line. Its help is the overview of all commands."""
 
     def format_help(self) -> str:
@@ -57,11 +59,11 @@ class RootParser(argparse.ArgumentParser):
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of a command; without one, or for another word, that of the whole command line."""
-    parser = RootParser(prog="palimpsest", allow_abbrev=False)
+    parser = RootParser(prog="palimpsest")
     parser.add_argument("--version", action="version", version=f"palimpsest {installed_version()}")
-    parser.set_defaults(json=False)  # for the commands without this flag
+    parser.set_defaults(json=False, resume_hint="")  # for the commands without them
     commands = parser.add_subparsers(
-        title="commands", metavar="COMMAND", required=True, parser_class=argparse.ArgumentParser
+        title="commands", metavar="COMMAND", required=True, parser_class=CommandParser
     )
     for name in [command] if command in COMMANDS else COMMANDS:
         _module_of(name).add_parser(commands)
@@ -90,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         report_error(args, error_document(error))
         return 2 if isinstance(error, Misconfigured) else 1
     except KeyboardInterrupt:
+        if args.resume_hint:
+            err.print(f"Stopped. {args.resume_hint}")
         return 130
     except BrokenPipeError:  # `palimpsest ledger | head`: the reader closed the pipe
         sys.stderr.close()
@@ -113,7 +117,7 @@ def report_error(
         print_json({"error": error})
     detail = str(error["detail"])
     lines = [detail, *(f"  {text}" for text in field_details if text and text not in detail)]
-    err.print("palimpsest: " + strip_control_chars("\n".join(lines)))
+    err.print("palimpsest: " + strip_control_chars(in_flags("\n".join(lines))))
     return 1
 
 

@@ -44,7 +44,7 @@ OVERVIEW = {
         "keys": "create, list and revoke API keys",
         "prune": "delete expired jobs and idempotency keys",
         "audit": "verify the ledger offline; show or replace its key",
-        "jobs": "list jobs; `jobs retry ID` retries a failed one",
+        "jobs": "list jobs; `jobs cancel ID` and `jobs retry ID`",
         "completion": "print a completion script for bash, zsh or fish",
     },
 }

@@ -26,11 +26,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Delete or count the expired rows, and print their numbers."""
-    from service.bootstrap import open_database, retention
+    from cli.existing_database import open_existing_database
+    from service.bootstrap import retention
     from service.jobs.retention import Pruner
 
     settings = read_settings(args, Settings)
-    database = open_database(settings)
+    database = open_existing_database(settings)
     try:
         database.migrate()
         pruner = Pruner(database, retention(settings))

@@ -30,7 +30,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help=summary_of("study"),
         description="Trace or edit many facts and aggregate the results. The model is loaded in this process; an interrupted "
         "study resumes.",
-        allow_abbrev=False,
     )
     verbs = parser.add_subparsers(title="studies", metavar="STUDY", required=True)
     trace = add_command(verbs, "trace", run_trace_study, "average causal traces by token position and layer")
@@ -75,6 +74,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _add_common_flags(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(
+        resume_hint="The same command continues: what was measured is stored in the folder of --out."
+    )
     add = parser.add_argument
     add(
         "source",

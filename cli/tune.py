@@ -61,6 +61,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "loaded in this process; an interrupted search resumes. With `--minutes` the search ends in time: it measures many "
         "candidates on few facts and the best ones on more (docs/tune.md).",
     )
+    parser.set_defaults(resume_hint=RESUME_HINT)
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder or Hugging Face name of the model")
     add(
@@ -116,11 +117,7 @@ def run(args: argparse.Namespace) -> int:
     budget = TimeBudget(60 * args.minutes) if args.minutes else None
     settings, methods = read_settings(args, Settings), parse_methods(args.methods)
     batch_facts = resolve_batch_facts(args, methods)
-    try:
-        return tune_model(args, settings, methods, batch_facts, budget)
-    except KeyboardInterrupt:
-        err.print(f"Stopped. {RESUME_HINT}")
-        raise
+    return tune_model(args, settings, methods, batch_facts, budget)
 
 
 def tune_model(

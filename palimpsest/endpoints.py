@@ -91,6 +91,7 @@ class EditRequest(TypedDict, total=False):
     probes: Probes | Literal["auto"]
     guard: Mapping[str, Any]
     dry_run: bool
+    try_layers: bool
 
 
 class Endpoints:
@@ -120,6 +121,7 @@ class Endpoints:
         probes: Probes | Literal["auto"] | None = None,
         guard: Mapping[str, Any] | None = None,
         dry_run: bool | None = None,
+        try_layers: bool | None = None,
         key: str | None = None,
         wait: bool = True,
         on_progress: OnProgress | None = None,
@@ -151,6 +153,7 @@ class Endpoints:
             probes=probes,
             guard=guard,
             dry_run=dry_run,
+            try_layers=try_layers,
         )
         edit = await self._create_job(Edit, body, key, wait, on_progress)
         return _require_applied(edit) if wait else edit
@@ -545,6 +548,11 @@ class Endpoints:
         """Submit edits that another service exported; return them, and the ids of those that were already present."""
         response = await self._transport.create("/import", exported, key, 0)
         return await self._edits_of(response, False, None), frozenset(response["already_present"])
+
+    @endpoint
+    async def get_export(self, id: str) -> Export:
+        """Return an export by its id."""
+        return await self._get_job(Export, id)
 
     # shared by the calls
 

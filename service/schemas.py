@@ -413,6 +413,23 @@ class EditRequest(StatedForm):
     )
     guard: Guard = Field(default_factory=Guard)
     dry_run: bool = Field(False, description="evaluate the edit without applying it")
+    try_layers: bool = Field(
+        False,
+        description="of a dry run: try the edit at about six layers, report the scores of each as `layer_search`, and evaluate it at "
+        "the best one",
+    )
+
+    @field_validator("try_layers")
+    @classmethod
+    def _check_layers_are_open(cls, is_tried: bool, validation: ValidationInfo) -> bool:
+        """Require a dry run without layers in which to try some."""
+        if is_tried and not validation.data.get("dry_run"):
+            raise ValueError(
+                "needs a dry run: set dry_run to true, and apply the edit with the layer that you choose."
+            )
+        if is_tried and "layers" in (validation.data.get("hparams") or {}):
+            raise ValueError("chooses the layer: leave `layers` out of hparams.")
+        return is_tried
 
     @property
     def statement(self) -> Statement:

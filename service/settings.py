@@ -1,4 +1,5 @@
-"""Settings: each is the environment variable `PALIMPSEST_<NAME>` and a flag of `palimpsest serve`.
+"""Settings: each is the environment variable `PALIMPSEST_<NAME>` and, unless only tests need it, a flag of `palimpsest
+serve`.
 
 Secrets can be read from files: the file `palimpsest_<name>` in the folder `PALIMPSEST_SECRETS`.
 """
@@ -9,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -19,6 +20,8 @@ from pydantic_settings import (
 )
 
 SHIPPED_MODEL = Path(__file__).resolve().parent.parent / "models" / "almanac"
+#: marks a setting that is only an environment variable
+WITHOUT_FLAG: dict[str, JsonValue] = {"flag": False}
 
 
 class Settings(BaseSettings):
@@ -154,7 +157,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "warning", description="minimum level of log lines"
     )
-    crash_at: str | None = Field(None, description="for tests: crash point at which the process kills itself")
+    crash_at: str | None = Field(
+        None,
+        description="for tests: crash point at which the process kills itself",
+        json_schema_extra=WITHOUT_FLAG,
+    )
     corpus: Path | None = Field(
         None,
         description="text for the key statistics: a file, a folder, hub:NAME, or samples; unset: the fact table of the model, else samples",

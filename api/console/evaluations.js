@@ -216,7 +216,8 @@ async function showNewest(place, signal) {
 }
 
 function title({ method, mode, dataset, records, limit }) {
-  const count = dataset ? `${limit ? `${limit} ` : ""}known facts` : plural(records, "record");
+  const part = limit && limit < records ? `${limit} of ` : "";
+  const count = dataset ? `${limit ? `${limit} ` : ""}known facts` : part + plural(records, "record");
   return `${method} on ${count}, ${mode === "sequence" ? "in sequence" : "each alone"}`;
 }
 
@@ -316,13 +317,17 @@ function results(one, result) {
         ["Layers", result.parameters?.layers?.join(", ")],
         [
           "Loss on plain text",
-          result.damage && `${figure(result.damage.loss_before, 4)} → ${figure(result.damage.loss_after, 4)}`,
+          result.damage &&
+            `${figure(meanOf(result.damage.loss_before), 4)} → ${figure(meanOf(result.damage.loss_after), 4)}`,
         ],
         ["Id", h("code", {}, one.id)],
       ]),
     ),
   ];
 }
+
+/** The loss on plain text is a number after a sequence, and an estimate over the records where each is edited alone. */
+const meanOf = (found) => (typeof found === "object" && found !== null ? found.mean : found);
 
 /** A measure: a bar with its confidence interval, and a tick at the value before the edits. */
 function measure(name, words, before, after) {

@@ -15,7 +15,8 @@ from service.kit.separator import Separator
 from service.kit.stated_fact import StatedFact
 from service.kit.text import token_span
 from service.kit.text_encoder import TextEncoder
-from service.methods.registry import DEFAULT_METHOD
+from service.methods.registry import DEFAULT_METHOD, METHODS, get_method
+from service.recipes.default import can_try_layers
 from service.recipes.recipe import Recipe, resolve_hparams
 from service.schemas import (
     ChatProbe,
@@ -43,9 +44,11 @@ def validate_edit(request: EditRequest, model: Model, encoder: TextEncoder) -> N
             if neighbour.messages is None:  # messages are checked when they are rendered
                 encoder.check_plain(neighbour.prompt_text, "prompt")
             _validate_target(encoder, neighbour.prompt_text, neighbour.target, "target")
-    resolve_hparams(
-        _recipe_of(model), request.hparam_overrides, model.info["layers"], request.method or DEFAULT_METHOD
-    )
+    method = request.method or DEFAULT_METHOD
+    resolve_hparams(_recipe_of(model), request.hparam_overrides, model.info["layers"], method)
+    if request.try_layers and not can_try_layers(get_method(method)):
+        methods = ", ".join(method.name for method in METHODS.values() if can_try_layers(method))
+        raise InvalidInput(f"the layers of {request.method} are fixed: use one of {methods}.", "try_layers")
 
 
 def _validate_statement(request: EditRequest, encoder: TextEncoder) -> None:

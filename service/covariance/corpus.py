@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from service.errors import Misconfigured
+from service.kit.extras import install_command
 from service.kit.files import write_atomically
 from service.kit.separator import separator
 from service.kit.steps import Phase, Progress, Stepper, advance
@@ -192,7 +193,7 @@ def _hub_loader() -> Any:
         from datasets import load_dataset
     except ModuleNotFoundError:
         raise Misconfigured(
-            "a data set from a hub needs the package datasets: pip install -c constraints.txt -e '.[corpora]'"
+            f"a data set from a hub needs the package datasets: {install_command('corpora')}"
         ) from None
     return load_dataset
 

@@ -32,7 +32,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
 from service.db.advisory_locks import AdvisoryLock
 from service.errors import CommitOutcomeUnknown, DatabaseUnreachable, Misconfigured, Unavailable
-from service.kit.signing import SigningKey, parse_key, read_or_create_key
+from service.kit.signing import SigningKey, parse_key, read_key, read_or_create_key
 
 MIGRATIONS_DIR = Path(__file__).resolve().parents[2] / "migrations"
 SQLITE_BUSY_TIMEOUT = 30  # seconds
@@ -90,16 +90,22 @@ class Database:
     """A database and its connection pool. Thread-safe. Connects on first use.
 
     `data_dir` is the folder outside the database that holds the key of the ledger and the file of its heads; None: the
-    folder of the SQLite file. `ledger_key` is the key as text; None: the file in that folder.
+    folder of the SQLite file. `ledger_key` is the key as text; None: the file in that folder, which is created if it is
+    missing and `may_create_key`.
     """
 
     def __init__(
-        self, url: str | URL, data_dir: Path | None = None, ledger_key: str | None = None, **pool_options: Any
+        self,
+        url: str | URL,
+        data_dir: Path | None = None,
+        ledger_key: str | None = None,
+        may_create_key: bool = True,
+        **pool_options: Any,
     ) -> None:
         self.engine = _create_engine(url, **pool_options)
         self.is_sqlite = self.engine.dialect.name == "sqlite"
         self.data_dir = data_dir or (Path(str(self.engine.url.database)).parent if self.is_sqlite else None)
-        self._ledger_key = ledger_key
+        self._ledger_key, self._may_create_key = ledger_key, may_create_key
         self._write_sessionmaker = sessionmaker(self.engine, expire_on_commit=False, info={DATABASE: self})
         self._read_sessionmaker = self._make_read_sessionmaker(self.engine)
         autocommit_options: dict[str, Any] = (
@@ -117,16 +123,18 @@ class Database:
 
     @cached_property
     def signing_key(self) -> SigningKey:
-        """The key that signs audit records. Its file is created if there is neither a file nor a setting."""
+        """The key that signs audit records. If there is neither a file nor a setting, its file is created if it may."""
         if self._ledger_key is not None:
             return parse_key(self._ledger_key, "PALIMPSEST_LEDGER_KEY")
         if self.data_dir is None:
             raise Misconfigured("the ledger has no key: set PALIMPSEST_LEDGER_KEY or PALIMPSEST_DATA_DIR.")
-        return read_or_create_key(self.data_dir)
+        return read_or_create_key(self.data_dir) if self._may_create_key else read_key(self.data_dir)
 
     def with_own_pool(self, **pool_options: Any) -> Database:
         """Return the same database with connections of its own, which users of this one cannot exhaust."""
-        return Database(self.engine.url, self.data_dir, self._ledger_key, **pool_options)
+        return Database(
+            self.engine.url, self.data_dir, self._ledger_key, self._may_create_key, **pool_options
+        )
 
     def migrate(self, revision: str = "head") -> None:
         """Upgrade or downgrade the tables to a revision ("base" drops them). Concurrent migrations run one after

@@ -56,7 +56,8 @@ from service.methods.registry import DEFAULT_METHOD
 from service.models.loading import LoadedModel
 from service.models.memory_estimates import require_memory
 from service.models.separator_choice import choose_separator
-from service.recipes.recipe import resolve_hparams
+from service.recipes.default import layers_to_try
+from service.recipes.recipe import Recipe, resolve_hparams
 from service.schemas import EditRequest
 from service.weights.factors import (
     CodebookEntry,
@@ -205,7 +206,10 @@ class _EditRun:
         request = EditRequest.model_validate(job.request)
         resolved_edit = yield from resolve_edit(self.replica, request, self.context)
         yield from require_other_answer(self.replica, resolved_edit, self.replica.head())
-        if must_choose_layer(self.context, resolved_edit):
+        if request.try_layers:
+            layers = {*layers_to_try(self.replica.base.num_layers), *resolved_edit.parameters.layers}
+            resolved_edit, _ = yield from self._try_layers(resolved_edit, job.id, sorted(layers))
+        elif must_choose_layer(self.context, resolved_edit):
             resolved_edit = yield from self._choose_layer(resolved_edit, job.id)
         spec = yield from build_admitted_spec(self.replica, self.context, resolved_edit, job.id)
         return ResolvedJob(job, started_at, resolved_edit, spec)
@@ -218,14 +222,21 @@ class _EditRun:
         provisional = self.context.read_provisional_recipe()
         if provisional is not None:
             return at_layer(resolved_edit, *provisional.rome.layers)
-        specs: dict[int, EditSpec] = {}
-        for layer in recipe.candidate_layers:
-            trial = trial_of(resolved_edit, layer)
-            specs[layer] = yield from build_admitted_spec(self.replica, self.context, trial, edit)
-        chosen, found = yield from choose_layer(self.replica, self.context, resolved_edit, specs)
+        chosen, found = yield from self._try_layers(resolved_edit, edit, recipe.candidate_layers)
         if found is not None:
             self.context.keep_provisional_recipe(found)
         return chosen
+
+    def _try_layers(
+        self, resolved_edit: ResolvedEdit, edit: str, layers: Iterable[int]
+    ) -> Stepper[tuple[ResolvedEdit, Recipe | None]]:
+        """Return the edit at the best of some layers, and the recipe with it; None when the edit fails at all of
+        them."""
+        specs: dict[int, EditSpec] = {}
+        for layer in layers:
+            trial = trial_of(resolved_edit, layer)
+            specs[layer] = yield from build_admitted_spec(self.replica, self.context, trial, edit)
+        return (yield from choose_layer(self.replica, self.context, resolved_edit, specs))
 
     def _find_or_isolate(self, resolved_jobs: Sequence[ResolvedJob]) -> Stepper[list[PreparedEdit]]:
         """Compute the factors of a batch. When that fails, compute them one by one, so that each job gets its own

@@ -1,4 +1,5 @@
-"""The edited layer of a model without a recipe: the first edit is tried at a few layers, and the best one is kept.
+"""The edited layer of a model without a recipe: the first edit is tried at a few layers, and the best one is kept. A
+dry run can try layers of any model.
 
 A layer's score is the harmonic mean of three shares, for the edit alone on the base model: the probability of the new
 object after the prompt (efficacy), and after the paraphrases and the prompt behind texts that the optimization did not
@@ -26,6 +27,7 @@ from service.kit.time_estimate import with_estimate
 from service.methods.parameters import RomeParameters
 from service.methods.registry import get_method
 from service.models.scoring import measure_drift
+from service.recipes.default import can_try_layers
 from service.recipes.recipe import Recipe
 from service.scores.scores import harmonic_mean
 
@@ -58,8 +60,7 @@ def must_choose_layer(context: EditorContext, resolved_edit: ResolvedEdit) -> bo
     return (
         recipe is not None
         and bool(recipe.candidate_layers)
-        and method.needs_covariance
-        and method.default_depth is None
+        and can_try_layers(method)
         and "layers"
         not in {**recipe.methods.get(method.name, {}), **(resolved_edit.request.hparam_overrides or {})}
     )

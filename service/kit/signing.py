@@ -68,12 +68,27 @@ def read_or_create_key(folder: Path) -> SigningKey:
     try:
         if not path.exists():
             _create_key_file(path)
-        return parse_key(path.read_text(encoding="ascii", errors="replace"), str(path))
+        return _parse_key_file(path)
     except OSError as error:
         raise Misconfigured(
             f"the key of the ledger cannot be read or created: {error}. Set PALIMPSEST_LEDGER_KEY, or PALIMPSEST_DATA_DIR to a "
             "folder that this process can write."
         ) from None
+
+
+def read_key(folder: Path) -> SigningKey:
+    """Return the key in the file KEY_FILE of a folder. Raises Misconfigured if there is none."""
+    try:
+        return _parse_key_file(folder / KEY_FILE)
+    except OSError as error:
+        raise Misconfigured(
+            f"the key of the ledger cannot be read: {error}. Set PALIMPSEST_LEDGER_KEY, or PALIMPSEST_DATA_DIR to the folder of "
+            "the service."
+        ) from None
+
+
+def _parse_key_file(path: Path) -> SigningKey:
+    return parse_key(path.read_text(encoding="ascii", errors="replace"), str(path))
 
 
 def _create_key_file(path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from service.errors import Misconfigured
+from service.kit.extras import install_command
 from service.models.architectures import Architecture
 
 MAIN_DEVICE = torch.device("cuda", 0)  # of a model that is spread
@@ -35,7 +36,7 @@ def plan_devices(model: nn.Module, architecture: Architecture) -> list[torch.dev
         from accelerate.utils import get_balanced_memory, get_max_memory
     except ModuleNotFoundError:
         raise Misconfigured(
-            "--device-map auto needs the package accelerate: pip install -c constraints.txt -e '.[worker]'"
+            f"--device-map auto needs the package accelerate: {install_command('worker')}"
         ) from None
     blocks = model.get_submodule(architecture.blocks)
     kinds = sorted({type(block).__name__ for block in blocks.children()})

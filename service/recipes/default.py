@@ -7,6 +7,7 @@ Mistral, Qwen and GPT-J (`published.py`).
 
 from __future__ import annotations
 
+from service.methods.method import EditMethod
 from service.methods.parameters import RomeParameters
 from service.recipes.recipe import Recipe
 
@@ -31,6 +32,11 @@ def default_recipe(model_type: str, layers: int, is_chat: bool = False) -> Recip
         ),
         candidate_layers=candidates if len(candidates) > 1 else (),
     )
+
+
+def can_try_layers(method: EditMethod) -> bool:
+    """Whether an edit by this method can be made at any layer, so that some can be tried."""
+    return method.needs_covariance and method.default_depth is None
 
 
 def layers_to_try(

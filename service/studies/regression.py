@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from service.errors import Misconfigured
+from service.kit.extras import install_command
 from service.scores.scores import bootstrap_counts
 from service.studies.bootstrap import Array, percentile_interval
 
@@ -147,6 +148,6 @@ def scipy_stats() -> Any:
         from scipy import stats
     except ImportError:
         raise Misconfigured(
-            "the localization study needs SciPy: install it with `pip install 'palimpsest[studies]'`."
+            f"the localization study needs SciPy: install it with `{install_command('studies')}`."
         ) from None
     return stats

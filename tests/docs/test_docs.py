@@ -14,7 +14,7 @@ import pytest
 from pydantic_settings import BaseSettings
 
 from cli.client import ClientSettings
-from cli.flags import default_text, flag_name, variable_name
+from cli.flags import default_text, flag_fields, flag_name, variable_name
 from cli.main import build_parser
 from service.settings import Settings
 from tests.support.generated_pages import load_page_program
@@ -50,7 +50,8 @@ def documented_settings() -> list[tuple[str, ...]]:
 
 def settings_rows(settings: type[BaseSettings]) -> list[tuple[str, ...]]:
     table_rows: list[tuple[str, ...]] = []
-    for name, field in settings.model_fields.items():
+    for name in flag_fields(settings):  # not those of tests
+        field = settings.model_fields[name]
         value = default_text(settings, name)
         shown = f"`{value}`" if value else "none"
         table_rows.append((flag_name(name), variable_name(settings, name), shown, str(field.description)))

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 from playwright.sync_api import Browser, expect
 from starlette.testclient import TestClient
 
 from tests.support import chromium
-from tests.support.application import TOWER, FakeWorker, TestApp
+from tests.support.application import TOWER, FakeWorker, TestApp, serving
 from tests.support.chromium import PHONE, open_page, save_screenshot
 from tests.support.local_server import wait_until
 
@@ -26,22 +22,6 @@ MARKUP = "<img src=//a.b>"  #: as markup it would ask another host, which no vis
 def browser() -> Iterator[Browser]:
     with chromium.open_browser() as browser:
         yield browser
-
-
-@contextmanager
-def serving(test_app: TestApp) -> Iterator[str]:
-    """Serve the application on a free port and yield its address."""
-    server = uvicorn.Server(
-        uvicorn.Config(test_app.app, port=0, log_level="critical", timeout_graceful_shutdown=1)
-    )
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(10)
-    test_app.close()
 
 
 def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser, tmp_path: Path) -> None:

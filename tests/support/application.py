@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from service.recipes.recipe import Recipe
 from service.schemas import EvaluationPlan
 from service.settings import Settings
 from tests.support.chat_templates import CHATML, START, STOP
+from tests.support.local_server import run_http_server
 from tests.support.migrations import migrate
 from tests.support.workers import WorkerParts
 
@@ -284,3 +287,11 @@ class TestApp:
         if self.worker is not None:
             self.worker.stop()
         self.container.close()
+
+
+@contextmanager
+def serving(test_app: TestApp) -> Iterator[str]:
+    """Serve the application on a free port and yield its address; close it at the end."""
+    with run_http_server(test_app.app) as address:
+        yield address
+    test_app.close()

@@ -25,7 +25,7 @@ def wait_until(condition: Callable[[], Any]) -> None:
 @contextmanager
 def run_http_server(app: FastAPI) -> Iterator[str]:
     """Serve an application. Yield its address."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -74,7 +74,7 @@ def queued_jobs(client: TestClient, test_app: TestApp, ended_jobs: dict[str, str
 def readable_paths(test_app: TestApp) -> list[str]:
     """Return the paths that have GET: those of the OpenAPI document, and those of the description and the console."""
     documented = [path for path, item in test_app.app.openapi()["paths"].items() if "get" in item]
-    return [*documented, "/", "/console/main.js", "/docs", "/openapi.json"]
+    return [*documented, "/", "/console/main.js", "/docs", "/redoc", "/docs/swagger.js", "/openapi.json"]
 
 
 def urls_of(path: str, *jobs: dict[str, str]) -> list[str]:

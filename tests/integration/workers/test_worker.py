@@ -180,7 +180,8 @@ def test_all_else_is_served_while_statistics_are_collected(
         assert harness.wait_for_end(trace)["status"] == "done"
 
         def is_held() -> bool:
-            preparing = harness.services.models.describe()["workers"][0]["preparing"] or {}
+            workers = harness.services.models.describe()["workers"]  # none while a lease is late
+            preparing = (workers[0]["preparing"] if workers else None) or {}
             return (preparing.get("phase"), preparing.get("done"), preparing.get("total")) == (
                 "statistics",
                 1,
@@ -295,6 +296,20 @@ def test_the_first_edit_chooses_a_layer(folder: Path, tmp_path: Path, wiring: St
         assert "provisional" in harness.services.models.describe()["recipe"]["source"]
     finally:
         harness.close()
+
+
+def test_a_dry_run_tries_layers(harness: WorkerHarness) -> None:
+    """A dry run with `try_layers` scores the edit at several layers, that of the recipe among them, is measured at the
+    best one, and changes neither the ledger nor the recipe."""
+    before = harness.services.models.describe()["recipe"]
+    asked: dict[str, Any] = {"hparams": STRONG, "dry_run": True, "try_layers": True}
+    tried = harness.wait_for_end(harness.edit(target="the", target_true="Zanzibar", **asked))
+    search = tried["result"]["layer_search"]
+    layers = [trial["layer"] for trial in search["tried"]]
+    assert len(layers) > 1 and layers == sorted(set(layers)) and set(before["rome"]["layers"]) <= set(layers)
+    assert search["layer"] == max(search["tried"], key=lambda trial: trial["score"])["layer"]
+    assert tried["result"]["layers"] == [search["layer"]] and tried["version"] is None
+    assert harness.services.models.describe()["recipe"] == before
 
 
 def test_everything_at_once(harness: WorkerHarness, folder: Path) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from api.routes.console import CONSOLE_DIR, MEDIA_TYPES, console_files
+from api.routes.console import CONSOLE_DIR
 from api.security_headers import CONSOLE_CSP, DEFAULT_HEADERS
+from api.static_files import MEDIA_TYPES, files_of
 from tests.support.application import TestApp
 
 SCRIPTS = sorted(CONSOLE_DIR.glob("*.js"))
@@ -92,12 +93,12 @@ def test_data_never_becomes_markup(script: Path) -> None:
 
 def test_nothing_is_loaded_from_elsewhere() -> None:
     """No file of the console references another host, apart from the SVG namespace."""
-    for name, part in console_files().items():
+    for name, part in files_of(CONSOLE_DIR).items():
         text = part.content.decode().replace("http://www.w3.org/2000/svg", "")
         assert not re.search(r"https?://|//\w+\.\w+/|@import", text), name
 
 
 def test_markup_has_no_code_and_no_style_of_its_own() -> None:
     """The page has no inline script, style or handler."""
-    page = console_files()["index.html"].content.decode()
+    page = files_of(CONSOLE_DIR)["index.html"].content.decode()
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", page)

@@ -409,3 +409,20 @@ def test_the_conversations_of_a_request_are_limited(
     assert client.post("/edits", json=body).status_code == 202
     monkeypatch.setattr(conversations, "RENDERING_SECONDS", -1.0)
     assert client.post("/edits", json=body).status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({}, "needs a dry run"),
+        ({"dry_run": True, "hparams": {"layers": [1]}}, "leave `layers` out"),
+        ({"dry_run": True, "method": "ft"}, "the layers of ft are fixed: use one of rome"),
+    ],
+)
+def test_layers_are_tried_in_a_dry_run_that_leaves_them_open(
+    client: TestClient, more: dict[str, Any], said: str
+) -> None:
+    """`try_layers` is refused where it could not be obeyed, at its field and with what to change."""
+    answer = client.post("/edits", json=TOWER | {"try_layers": True} | more)
+    assert answer.status_code == 422
+    assert said in answer.text and "try_layers" in answer.text

@@ -18,7 +18,16 @@ from service.application.api_keys import ApiKeys, Scope
 from tests.support.application import TestApp
 
 #: routes that need no key: health, the OpenAPI document, and the console, which contains no data
-OPEN_PATHS = {"/healthz", "/readyz", "/docs", "/openapi.json", "/", "/console/{name}"}
+OPEN_PATHS = {
+    "/healthz",
+    "/readyz",
+    "/docs",
+    "/docs/{name}",
+    "/redoc",
+    "/openapi.json",
+    "/",
+    "/console/{name}",
+}
 #: the scope of each route that is not a GET
 EXPECTED_SCOPES = {
     "POST /edits": "edit",

@@ -64,6 +64,7 @@ def test_a_start_without_the_keys_of_before_says_what_to_do(
 def test_creating_a_key_is_recorded_outside_the_database(tmp_path: Path) -> None:
     """`palimpsest keys create` writes a file into the data folder; listing an empty table does not."""
     folder = ["--data-dir", str(tmp_path)]
+    assert main(["migrate", *folder]) == 0
     assert main(["keys", "list", *folder]) == 0
     assert not (tmp_path / MARKER_NAME).exists()
     assert main(["keys", "create", "--name", "first", "--scopes", "read", *folder]) == 0

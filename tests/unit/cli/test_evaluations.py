@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cli.evaluations import describe_request
 from cli.main import main
 from tests.support.application import EVALUATION_RESULT, TOWER
 from tests.support.fake_http_service import FakeService, sse_stream
@@ -96,3 +97,13 @@ def test_an_evaluation_as_json(fake: FakeService, capsys: Captured, tmp_path: Pa
     fake.responses = fake_answers(status="failed")
     assert main(place) == 1
     assert json.loads(capsys.readouterr().out)["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("limit", "count", "said"),
+    [(20, 2, "single, 2 records"), (20, 200, "single, 20 of 200 records"), (None, 2, "single, 2 records"), (2, 2, "single, 2 records")],
+)  # fmt: skip
+def test_no_more_records_are_named_than_there_are(limit: int | None, count: int, said: str) -> None:
+    """A limit that the records do not reach is left out of the description."""
+    request = {"objective": "write", "method": "rome", "mode": "single", "limit": limit, "records": count}
+    assert describe_request({"request": request}).endswith(said)

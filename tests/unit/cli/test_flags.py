@@ -12,6 +12,7 @@ from cli.flags import add_setting_flags, flag_name, read_settings
 from cli.main import build_parser
 from service.errors import Misconfigured
 from service.settings import Settings
+from tests.support.parsers import iter_commands
 
 
 def make_parser(settings: type[Settings] | type[ClientSettings]) -> argparse.ArgumentParser:
@@ -21,13 +22,27 @@ def make_parser(settings: type[Settings] | type[ClientSettings]) -> argparse.Arg
 
 
 def test_every_setting_is_a_flag_of_serve() -> None:
-    """`palimpsest serve` has a flag for each setting and no other flags. Its help names the environment
-    variable of each."""
+    """`palimpsest serve` has a flag for each setting but those of tests, and no other flags. Its help names the
+    environment variable of each."""
     commands = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     serve = commands.choices["serve"]
     flags = {option for action in serve._actions for option in action.option_strings} - {"-h", "--help"}
-    assert flags == {flag_name(name) for name in Settings.model_fields} | {"--no-development"}
-    assert all(f"PALIMPSEST_{name.upper()}" in serve.format_help() for name in Settings.model_fields)
+    names = set(Settings.model_fields) - {"crash_at"}
+    assert flags == {flag_name(name) for name in names} | {"--no-development"}
+    help_text = serve.format_help()
+    assert all(f"PALIMPSEST_{name.upper()}" in help_text for name in names)
+    assert "CRASH_AT" not in help_text
+
+
+def test_every_argument_is_explained() -> None:
+    """Each argument of each command has a help text, and each value a placeholder that says what it is."""
+    for words, parser in iter_commands(build_parser()):
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                assert {choice.dest for choice in action._choices_actions} == set(action.choices), words
+                continue
+            assert action.help, (words, action.dest)
+            assert action.metavar not in ("LITERAL", "VALUE"), (words, action.dest)
 
 
 def test_flags_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 
 from cli.main import build_parser, main
 from tests.support.fake_http_service import FakeService, sse_stream
+from tests.support.parsers import iter_commands
 
 Captured = pytest.CaptureFixture[str]
 
@@ -22,18 +21,6 @@ COMMANDS_WITHOUT_JSON = {
     "worker": "runs until it is stopped",
     "completion": "prints a script for a shell",
 }
-
-
-def iter_commands(
-    parser: argparse.ArgumentParser, words: str = ""
-) -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Yield each command by its words, with its parser."""
-    if "run" in parser._defaults:
-        yield words.strip(), parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for name, below in action.choices.items():
-                yield from iter_commands(below, f"{words} {name}")
 
 
 def test_every_command_has_the_flag() -> None:

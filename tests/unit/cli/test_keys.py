@@ -66,6 +66,7 @@ def test_creating_the_first_key_warns(data: Path, capsys: Captured) -> None:
 def test_the_list_shows_every_key_and_no_secret(data: Path, capsys: Captured) -> None:
     """`keys list` prints each key with its scopes and the times of its creation and revocation, without
     tokens."""
+    assert main(["migrate"]) == 0
     assert main(["keys", "list"]) == 0
     assert "no keys" in capsys.readouterr().out
     create_key(name="one")
