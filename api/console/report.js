@@ -391,8 +391,8 @@ function detailSection(edit) {
       ],
       [
         "Norm of the weight change",
-        result.gate
-          ? "none: a gated edit is looked up"
+        result.norm_ratio && !Object.keys(result.norm_ratio).length
+          ? "none: the edit is looked up"
           : result.norm_ratio &&
             Object.values(result.norm_ratio)
               .map((ratio) => `${percent(ratio)} of the weight`)

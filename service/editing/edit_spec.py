@@ -181,8 +181,8 @@ def build_edit_spec(
 
 def batch_edit_specs(model: LoadedModel, specs: Iterable[EditSpec]) -> list[list[EditSpec]]:
     """Return batches of edits that share a search, in the given order: edits with one implementation and one delta
-    site, as many as the compute budget of a step allows. Weights, and values of a codebook, are trained for one edit at a
-    time."""
+    site, as many as the compute budget of a step allows. Weights, and values of a codebook, are trained for one edit
+    at a time."""
     budget = group_budget(model)
     batches: list[list[EditSpec]] = []
     remaining_budget, current_key = 0, None
