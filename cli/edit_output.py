@@ -39,6 +39,8 @@ def print_edit_result(edit: JobJson) -> None:
         )
     if gate := result.get("gate"):
         out.print(strip_control_chars(gate_text(gate)))
+    if ball := result.get("ball"):
+        out.print(strip_control_chars(ball_text(ball)))
     for line in side_effect_lines(result):
         out.print(strip_control_chars(line))
     if search := result.get("layer_search"):
@@ -58,6 +60,16 @@ def gate_text(gate: JobJson) -> str:
         f"gated: the subject is {verdict} (its keys agree to {gate['agreement']:.2f}; the nearest other one, "
         f"{truncate(gate['nearest_source'].strip(), MAX_OBJECT_WIDTH)!r}, comes to {gate['nearest']:.2f}; it acts above {gate['threshold']:.2f})"
     )
+
+
+def ball_text(ball: JobJson) -> str:
+    """Return how far from its key the entry of a codebook acts."""
+    radius = ball["radius"]
+    acts = "in the ball of an earlier edit" if radius is None else f"within {radius:.2f} of its key"
+    text = f"codebook: it acts {acts} (radius {ball['first_radius']:.2f})"
+    if ball["nearest"] is None:
+        return text
+    return f"{text}; the nearest other key is {ball['nearest']:.2f} away, that of {ball['nearest_edit']}"
 
 
 def side_effect_lines(result: JobJson) -> Iterator[str]:

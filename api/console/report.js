@@ -373,6 +373,14 @@ function gateText(gate) {
   );
 }
 
+/** Say how far from its key the entry of a codebook acts. */
+function ballText(ball) {
+  const acts = ball.radius === null ? "in the ball of an earlier edit" : `within ${figure(ball.radius)} of its key`;
+  const nearest =
+    ball.nearest === null ? "" : `; the nearest other key is ${figure(ball.nearest)} away, that of ${ball.nearest_edit}`;
+  return `it acts ${acts} (radius ${figure(ball.first_radius)})${nearest}`;
+}
+
 function detailSection(edit) {
   const { result } = edit;
   const layers = result.layers ?? [];
@@ -399,6 +407,7 @@ function detailSection(edit) {
               .join(", "),
       ],
       ["Gate", result.gate && gateText(result.gate)],
+      ["Codebook", result.ball && ballText(result.ball)],
       [
         "Perplexity of reference text",
         result.perplexity && `${figure(result.perplexity.before, 4)} → ${figure(result.perplexity.after, 4)}`,
