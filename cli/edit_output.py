@@ -40,6 +40,8 @@ def print_edit_result(edit: JobJson) -> None:
     if gate := result.get("gate"):
         out.print(strip_control_chars(gate_text(gate)))
         out.print(strip_control_chars(openings_text(result)))
+    if ball := result.get("ball"):
+        out.print(strip_control_chars(ball_text(ball)))
     for line in side_effect_lines(result):
         out.print(strip_control_chars(line))
     if search := result.get("layer_search"):
@@ -75,6 +77,16 @@ def openings_text(result: JobJson) -> str:
         if probes
     ]
     return f"it acts at {tokens} of its prompt" + "".join(f", in {count}" for count in counts)
+
+
+def ball_text(ball: JobJson) -> str:
+    """Return how far from its key the entry of a codebook acts."""
+    radius = ball["radius"]
+    acts = "in the ball of an earlier edit" if radius is None else f"within {radius:.2f} of its key"
+    text = f"codebook: it acts {acts} (radius {ball['first_radius']:.2f})"
+    if ball["nearest"] is None:
+        return text
+    return f"{text}; the nearest other key is {ball['nearest']:.2f} away, that of {ball['nearest_edit']}"
 
 
 def side_effect_lines(result: JobJson) -> Iterator[str]:

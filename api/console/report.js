@@ -386,6 +386,14 @@ function openingsText(result) {
   return [`${tokens || "no token"} of its prompt`, ...counts].join(", ");
 }
 
+/** Say how far from its key the entry of a codebook acts. */
+function ballText(ball) {
+  const acts = ball.radius === null ? "in the ball of an earlier edit" : `within ${figure(ball.radius)} of its key`;
+  const nearest =
+    ball.nearest === null ? "" : `; the nearest other key is ${figure(ball.nearest)} away, that of ${ball.nearest_edit}`;
+  return `it acts ${acts} (radius ${figure(ball.first_radius)})${nearest}`;
+}
+
 function detailSection(edit) {
   const { result } = edit;
   const layers = result.layers ?? [];
@@ -404,8 +412,8 @@ function detailSection(edit) {
       ],
       [
         "Norm of the weight change",
-        result.gate
-          ? "none: a gated edit is looked up"
+        result.norm_ratio && !Object.keys(result.norm_ratio).length
+          ? "none: the edit is looked up"
           : result.norm_ratio &&
             Object.values(result.norm_ratio)
               .map((ratio) => `${percent(ratio)} of the weight`)
@@ -413,6 +421,7 @@ function detailSection(edit) {
       ],
       ["Gate", result.gate && gateText(result.gate)],
       ["Acts at", result.gate && openingsText(result)],
+      ["Codebook", result.ball && ballText(result.ball)],
       [
         "Perplexity of reference text",
         result.perplexity && `${figure(result.perplexity.before, 4)} → ${figure(result.perplexity.after, 4)}`,

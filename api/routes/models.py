@@ -66,7 +66,9 @@ class MethodInfo(ResourceModel):
     name: str
     title: str
     paper: str
-    closed_form: bool = Field(description="whether it writes associations; otherwise it trains whole weights")
+    closed_form: bool = Field(
+        description="whether it writes associations; otherwise it trains whole weights, or values of a codebook"
+    )
     parameters: list[str] = Field(description="the names that `hparams` may have")
 
 

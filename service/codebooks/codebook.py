@@ -40,6 +40,16 @@ SPLIT_GAP = 1e-5  # what the published code leaves between two balls that it spl
 
 
 @dataclass(frozen=True)
+class Ball:
+    """Where an entry acts beside the other active ones; distances in the space of keys."""
+
+    first_radius: float  #: e0
+    radius: float | None  #: with the other entries; None if it shares the row of another one (`compat`)
+    nearest: float | None  #: distance to the nearest key of another edit; None without one
+    nearest_edit: str | None  #: that edit
+
+
+@dataclass(frozen=True)
 class Codebook:
     """The n rows of one layer, as tensors."""
 
@@ -47,6 +57,7 @@ class Codebook:
     keys: Tensor = field(repr=False)  #: (n, D) in fp64
     radii: Tensor = field(repr=False)  #: (n,) in fp64
     values: Tensor = field(repr=False)  #: (n, d) in fp32
+    edits: tuple[str, ...] = field(repr=False)  #: whose keys these are
 
     @property
     def nbytes(self) -> int:
@@ -58,7 +69,19 @@ class Codebook:
 
     def to(self, device: torch.device) -> Codebook:
         """Return the codebook on a device, or on the CPU where the device has no fp64."""
-        return Codebook(self.layer, *(t.to(fp64_device(device)) for t in self.tensors().values()))
+        keys, radii, values = (t.to(fp64_device(device)) for t in self.tensors().values())
+        return Codebook(self.layer, keys, radii, values, self.edits)
+
+    def ball_of(self, entry: CodebookEntry) -> Ball:
+        """Return where one of the entries acts."""
+        row = self.edits.index(entry.edit) if entry.edit in self.edits else None
+        radius = None if row is None else float(self.radii[row])
+        distances = distances_between(entry.key[None].to(self.keys.device), self.keys, self._squares)[0]
+        others = [i for i, edit in enumerate(self.edits) if edit != entry.edit]
+        if not others:
+            return Ball(entry.radius, radius, None, None)
+        nearest = min(others, key=distances.tolist().__getitem__)
+        return Ball(entry.radius, radius, float(distances[nearest]), self.edits[nearest])
 
     @cached_property
     def _squares(self) -> Tensor:
@@ -159,4 +182,5 @@ def build_codebook_in_steps(entries: Sequence[CodebookEntry]) -> Stepper[Codeboo
         torch.stack([e.key for e in free] + [r.entry.key for r in rows]).double(),
         torch.cat([radii, torch.tensor([r.radius for r in rows], dtype=torch.float64)]),
         torch.stack([e.value for e in free] + [r.value for r in rows]).float(),
+        (*(e.edit for e in free), *(r.entry.edit for r in rows)),
     )

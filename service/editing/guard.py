@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from service.codebooks.codebook import Ball
 from service.editing.candidate import ResolvedEdit, VersionMeasurement
 from service.editing.conflicts import ConflictCandidate
 from service.editing.probes import ProbeResult, edit_holds, effect_share, name_share, probability_of
@@ -60,6 +61,7 @@ class GuardResult:
     supersedes: tuple[str, ...] = ()  #: edits in conflict that this one supersedes
     capacity: dict[int, float] = field(default_factory=dict)  #: by layer, the remaining capacity of the key
     has_margin: bool = True  #: the new object leads by the required margin
+    ball: Ball | None = None  #: where an entry of a codebook acts
 
     @property
     def finite(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from service.codebooks.codebook import distances_between
+from service.codebooks.codebook import Ball, distances_between
 from service.editing.candidate import CandidateEdit, ResolvedEdit, VersionMeasurement
 from service.editing.conflicts import ConflictCandidate, find_conflict_candidates
 from service.editing.context import EditorContext
@@ -34,6 +34,7 @@ from service.kit.steps import Phase, Progress, Stepper
 from service.kit.text import normalize_whitespace
 from service.models.loading import LoadedModel, WeightRef
 from service.models.scoring import compute_perplexity
+from service.patches.codebook_patch import CodebookPatch
 from service.patches.patch import PatchSet
 from service.recipes.strength_schedule import StrengthSchedule, strength_schedule
 from service.weights.capacity import measure_capacities
@@ -253,14 +254,20 @@ def evaluate_candidates(
         guard_result = evaluate_guard(
             candidate.resolved_edit, baseline.measurements[i], after[i], strengths[i], norms, required_margin
         )
-        guard_results.append(
-            add_conflicts_and_capacity(
-                candidate.resolved_edit, guard_result, baseline.conflicts[i], baseline.capacity[i]
-            )
+        guard_result = add_conflicts_and_capacity(
+            candidate.resolved_edit, guard_result, baseline.conflicts[i], baseline.capacity[i]
         )
+        guard_results.append(replace(guard_result, ball=_ball_of(patch, group)))
         if len(candidates) > 1:
             yield Progress(Phase.GUARD, len(guard_results), len(candidates))
     return guard_results
+
+
+def _ball_of(patch: PatchSet, updates: Sequence[EditUpdate]) -> Ball | None:
+    """Return where the entry of an edit acts in a version; None for an edit that has none."""
+    codebooks = {p.codebook.layer: p.codebook for p in patch.patches if isinstance(p, CodebookPatch)}
+    entries = [u for u in updates if isinstance(u, CodebookEntry)]
+    return codebooks[entries[0].layer].ball_of(entries[0]) if entries else None
 
 
 def measure_version(

@@ -174,7 +174,7 @@ class GraceParameters(BaseModel):
     )
     seed: int = Field(0, ge=0, lt=2**63, description='seed of the numbers of the start "cold"')
     radius: float = Field(
-        0.4,
+        0.1,
         ge=0,
         le=1e6,
         description="the radius of the ball around a new key, in `radius_unit` (eps; authors: 1)",

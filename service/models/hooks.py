@@ -123,7 +123,7 @@ def replace_rows_by_input(
 ) -> Iterator[None]:
     """Within the context, some rows of a module's output are replaced. `choose` receives the inputs as rows (N, D) and
     returns the numbers of rows (m,) and their outputs (m, d), or None: then the output stays what it is, byte for
-    byte. So do the other rows."""
+    byte. So do the other rows. A number beyond the range of the output's dtype becomes the largest one."""
 
     def hook(_module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         chosen = choose(inputs[0].flatten(0, -2))
@@ -131,7 +131,10 @@ def replace_rows_by_input(
             return output
         rows, values = chosen
         changed = output.clone(memory_format=torch.contiguous_format)
-        changed.view(-1, output.shape[-1])[rows.to(output.device)] = values.to(output)
+        limits = torch.finfo(output.dtype)
+        changed.view(-1, output.shape[-1])[rows.to(output.device)] = values.clamp(limits.min, limits.max).to(
+            output
+        )
         return changed
 
     with _install(module, hook):

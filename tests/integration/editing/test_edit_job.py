@@ -1485,6 +1485,8 @@ def test_an_edit_by_grace_acts_after_its_prompt(harness: EditingHarness) -> None
     assert (edit["status"], edit["version"]) == ("applied", 1)
     assert edit["result"]["scores"]["after"]["ES"] == 1.0
     assert edit["result"]["norm_ratio"] == {} and edit["result"]["layers"] == [1]
+    ball = edit["result"]["ball"]
+    assert ball["radius"] == ball["first_radius"] > 0 and ball["nearest"] is None
     assert harness.ledger_body(1)["hparams"]["radius"] == 0.05
     (patch,) = harness.replica.patch(1).patches
     assert isinstance(patch, CodebookPatch) and harness.replica.weights(1) == {}

@@ -10,13 +10,14 @@ import torch
 from bench.peak_memory import peak_bytes
 from service.covariance.collect import load_or_collect_statistics, tokenize_corpus
 from service.covariance.corpus import Corpus
+from service.editing.edit_spec import build_edit_spec
 from service.editing.find_factors import find_factors
 from service.editing.tokenized_contexts import tokenize_contexts
 from service.engine.decoding import DecodingBatch, new_sequence
 from service.errors import InvalidInput, Unavailable
 from service.kit.steps import run_to_completion
 from service.kit.text import fill_prompt
-from service.methods.parameters import RomeParameters
+from service.methods.parameters import GraceParameters, RomeParameters
 from service.models import memory_estimates
 from service.models.hooks import stop_after
 from service.models.loading import LoadedModel, load_model
@@ -125,6 +126,15 @@ def test_edit_bytes(model: LoadedModel, layer: int, target: str) -> None:
         memory_estimates.edit_bytes(model, len(texts), prefix_length, suffix_length, layer, logit_positions),
         held,
     )
+
+
+def test_codebook_entry_bytes(model: LoadedModel) -> None:
+    """The estimate of the search for an entry of a codebook is an upper bound."""
+    parameters = GraceParameters(layers=(0,), steps=4)
+    target = "Rome in Italy, and nowhere else in the world"
+    spec = build_edit_spec(model, (), STATEMENT, target, parameters, method="grace")
+    steps = find_factors(model, {}, (), STATEMENT, target, parameters, method="grace")
+    assert_bounds(spec.peak_bytes(model), peak_bytes(lambda: run_to_completion(steps)))
 
 
 def test_trace_bytes(model: LoadedModel) -> None:

@@ -342,6 +342,25 @@ def test_edit_says_how_well_a_gate_tells_its_subject_apart(fake: FakeService, ca
         assert (acts in printed) == shown
 
 
+def test_edit_says_how_far_from_its_key_it_acts(fake: FakeService, capsys: Captured) -> None:
+    """The ball of an edit by GRACE is shown with the nearest other key; other edits have none."""
+    edit = edit_with_result("applied", version=7)
+    alone = {"first_radius": 3.0, "radius": 2.5, "nearest": None, "nearest_edit": None}
+    beside = {"first_radius": 3.0, "radius": None, "nearest": 5.0, "nearest_edit": "edit_x"}
+    lines = (
+        (alone, "codebook: it acts within 2.50 of its key (radius 3.00)\n"),
+        (beside, "in the ball of an earlier edit (radius 3.00); the nearest other key is 5.00 away"),
+        (None, ""),
+    )
+    for ball, line in lines:
+        edit["result"]["ball"] = ball
+        answer_edit_with(fake, edit)
+        assert main(EDIT) == 0
+        printed = capsys.readouterr().out
+        assert ("codebook:" in printed) == bool(line)
+        assert line in printed.replace("\n", " ") or line in printed
+
+
 @pytest.mark.parametrize(
     ("flags", "probes"),
     [

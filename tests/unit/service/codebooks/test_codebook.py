@@ -296,3 +296,17 @@ def test_an_entry_is_stored_bit_for_bit(replayed: bool) -> None:
     rest = ("edit", "subject", "layer", "radius", "label", "replayed")
     assert [getattr(read, name) for name in rest] == [getattr(e, name) for name in rest]
     assert list(weight_updates([read])) == []
+
+
+def test_the_ball_of_an_entry_is_reported() -> None:
+    """The report has the radius beside the other entries and the nearest of them; a replayed entry without a row of its
+    own has no radius."""
+    one, other = entry(1, 0, 5.0, torch.zeros(D)), entry(2, 1, 5.0, torch.full((D,), 2.0))
+    far = 2 * D**0.5
+    alone, both = build_codebook([one]).ball_of(one), build_codebook([one, other]).ball_of(one)
+    assert (alone.first_radius, alone.radius, alone.nearest, alone.nearest_edit) == (5.0, 5.0, None, None)
+    assert (both.radius, both.nearest) == pytest.approx((far / 2, far))
+    assert both.nearest_edit == other.edit
+    same = replace(other, label=one.label, replayed=True)
+    shared = build_codebook([replace(one, replayed=True), same]).ball_of(same)
+    assert (shared.radius, shared.nearest_edit) == (None, one.edit)
