@@ -281,22 +281,26 @@ def main() -> None:
         most = max([*arguments.rows, arguments.active]) + 1
         edits = [random_edit(model, space, number) for number in range(most)]
         if "tokens" in arguments.parts:
-            rows = bench_tokens(model, edits, arguments.rows, arguments.batch, arguments.rounds)
-            columns = ("batch", "active edits", "ms per token", "ratio")
-            report.add_table(f"{name}: a token of the greedy decoding", columns, rows)
+            report.add_table(
+                f"{name}: a token of the greedy decoding",
+                ("batch", "active edits", "ms per token", "ratio"),
+                bench_tokens(model, edits, arguments.rows, arguments.batch, arguments.rounds),
+            )
         if "edits" in arguments.parts:
-            counts = [n for n in arguments.rows if n]
-            rows = bench_versions_made(model, edits, counts, arguments.rounds)
-            columns = ("active edits", "apply one more, ms", "revert it, ms", "from nothing, ms")
-            report.add_table(f"{name}: a version", columns, rows)
+            report.add_table(
+                f"{name}: a version",
+                ("active edits", "apply one more, ms", "revert it, ms", "from nothing, ms"),
+                bench_versions_made(model, edits, [n for n in arguments.rows if n], arguments.rounds),
+            )
         if "versions" in arguments.parts:
             active, callers = edits[: arguments.active], arguments.callers
-            rows = bench_versions(
-                model, active, callers, arguments.versions, arguments.tokens, arguments.rounds
+            report.add_table(
+                f"{name}: {callers} callers, {len(active):,} gated edits active and one of each version",
+                ("versions", "tokens per second", "ratio to one gated version"),
+                bench_versions(
+                    model, active, callers, arguments.versions, arguments.tokens, arguments.rounds
+                ),
             )
-            columns = ("versions", "tokens per second", "ratio to one gated version")
-            title = f"{name}: {callers} callers, {len(active):,} gated edits active and one of each version"
-            report.add_table(title, columns, rows)
 
 
 if __name__ == "__main__":
