@@ -5,8 +5,8 @@ the seconds of another edit, of a trace of the three kinds and of 80 tokens, one
     python bench/startup.py --model FOLDER --threads 2 --subject "Eiffel Tower" \\
         --prompt "The {} is located in the city of" --target Rome
 
-The first edit is submitted as soon as the service is ready, and one generation while it waits. Processor seconds are those
-of the process of the service: on a busy machine they tell more than the clock.
+The first edit is submitted as soon as the service is ready, and one generation while it waits. Processor seconds are
+those of the process of the service: on a busy machine they tell more than the clock.
 """
 
 from __future__ import annotations
