@@ -15,7 +15,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -80,10 +80,10 @@ class EmptyLedger:
 
 @dataclass(frozen=True)
 class _ActiveEdits:
-    """The ids of the edits that are active at a version, and of those whose changes are solved into weights."""
+    """The ids of the edits that are active at a version, and of those that are not only gated rows."""
 
     edits: frozenset[str]
-    solved: frozenset[str]
+    not_gated: frozenset[str]
 
 
 @dataclass
@@ -307,7 +307,7 @@ class VersionedModel:
         """Return a patch with the weights that another version holds, if it has the same ones."""
         if patch.dense is None:
             return patch
-        return PatchSet(self._dense_by_digest.setdefault(dense_digest, patch.dense), patch.gated)
+        return replace(patch, dense=self._dense_by_digest.setdefault(dense_digest, patch.dense))
 
     def _load_patch(self, version: int) -> Stepper[PatchSet]:
         """Return the patches of a version, not attested, from the cache or composed."""
@@ -324,14 +324,14 @@ class VersionedModel:
             return patch
         active = yield from self._read_updates(edits)
         patch = yield from self.compose_patch_in_steps(a for group in active.values() for a in group)
-        solved = {edit for edit, group in active.items() if any(gate_of(u) is None for u in group)}
-        self._active[version] = _ActiveEdits(frozenset(active), frozenset(solved))
+        not_gated = {edit for edit, group in active.items() if any(gate_of(u) is None for u in group)}
+        self._active[version] = _ActiveEdits(frozenset(active), frozenset(not_gated))
         return patch
 
     def _derive_version(self, version: int, edits: Sequence[LedgerEdit]) -> Stepper[PatchSet | None]:
         """Return the patches of a version, made out of those of the cached version that is nearest to it: with the rows
         of the edits that it has more, and without those of the edits that it has fewer. Return None if there are many
-        of them, or one whose change is solved into weights."""
+        of them, or one that is not gated."""
         known = [v for v in self._active if v in self._patches]
         if not known:
             return None
@@ -340,7 +340,7 @@ class VersionedModel:
         ids = frozenset(edit for edit, _ in edits)
         removed = before.edits - ids
         added = [(edit, body) for edit, body in edits if edit not in before.edits]
-        if len(removed) + len(added) > MAX_DIFFERENCE or removed & before.solved:
+        if len(removed) + len(added) > MAX_DIFFERENCE or removed & before.not_gated:
             return None
         groups = yield from self._read_updates(added)
         updates = [u for group in groups.values() for u in group]
@@ -351,10 +351,9 @@ class VersionedModel:
         for place in gated.keys() | rows.keys():
             of_place = gated.get(place) or new_gated_rows(self._tables[place], [])
             gated[place] = of_place.changed(removed, rows.get(place, []))
-        self._active[version] = _ActiveEdits(ids, before.solved)
-        return PatchSet(
-            patch.dense, tuple(GatedPatch(group) for _, group in sorted(gated.items()) if group.rows)
-        )
+        self._active[version] = _ActiveEdits(ids, before.not_gated)
+        groups_left = (GatedPatch(group) for _, group in sorted(gated.items()) if group.rows)
+        return replace(patch, gated=tuple(groups_left))
 
     def _cache_patch(self, version: int, patch: PatchSet) -> None:
         """Cache the patches of a version as the newest entry, which is never evicted itself."""
@@ -386,7 +385,7 @@ class VersionedModel:
             yield from self._hash_content(digest, PatchSet(patch.dense))
             self._dense_hashes[patch.dense] = digest.copy()
         dense_digest = digest.hexdigest()
-        yield from self._hash_content(digest, PatchSet(None, patch.gated))
+        yield from self._hash_content(digest, replace(patch, dense=None))
         return digest.hexdigest(), dense_digest
 
     def _hash_content(self, digest: hashlib._Hash, patch: PatchSet) -> Stepper[None]:
@@ -412,7 +411,7 @@ class VersionedModel:
         """Return the mean capacity of each edited layer at a version. Gated edits take none, and are not read."""
         edits = self.ledger.active_at(version)
         if version in self._active:
-            edits = [(edit, body) for edit, body in edits if edit in self._active[version].solved]
+            edits = [(edit, body) for edit, body in edits if edit in self._active[version].not_gated]
         active = yield from self._read_updates(edits)
         return (yield from average_capacities_in_steps(a for group in active.values() for a in group))
 
