@@ -151,8 +151,8 @@ class Scheduler:
     def add(self, weights: Hashable, sequences: Sequence[DecodingSequence], caller: str, cost: float) -> None:
         """Queue the sequences of one call for their prefill, the shortest prompts first.
 
-        `weights` identifies the edited weights of their version. `cost` is that of the whole call, divided by the
-        weight of its caller.
+        `weights` identifies the edited weights and codebooks of their version. `cost` is that of the whole call,
+        divided by the weight of its caller.
         """
         for sequence in sorted(sequences, key=lambda s: len(s.prompt_ids)):
             sequence.caller = caller
