@@ -1,8 +1,8 @@
 """Speed of gated edits: of a token with many of them, of applying and reverting one more, and of several versions.
 
     python bench/gated_speed.py
-    python bench/gated_speed.py tokens --model smollm2-135m --rows 0 1000
-    python bench/gated_speed.py versions --active 1000 --callers 32
+    python bench/gated_speed.py --parts tokens --model smollm2-135m --rows 0 1000
+    python bench/gated_speed.py --parts versions --active 1000 --callers 32
 
 Gates have 8 random keys of norm 1 and 16 random blocked keys, the most that a gate can have; directions and values are
 random. That does not affect the arithmetic of a closed gate. A random key opens none of them. So "one open" adds an
@@ -13,7 +13,7 @@ last token of every prompt.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,11 +28,13 @@ from service.engine.batch_executor import BatchExecutor
 from service.engine.decoding import DecodingBatch, DecodingSequence, new_sequence
 from service.engine.scheduler import Scheduler
 from service.engine.versioned_model import EmptyLedger, VersionedModel
+from service.fetching.models_folder import resolve_model
 from service.methods.gate_sizes import MAX_BLOCKED, MAX_KEYS, SKETCH_SIZE
 from service.models.hooks import capture
 from service.models.loading import LoadedModel
 from service.patches.patch import BASE, PatchSet
 from service.schemas import Sampling
+from service.settings import Settings
 from service.weights.factors import Association, Gate, serialize_updates
 from service.weights.gate_space import GateSpace
 
@@ -44,6 +46,7 @@ PROMPTS = (
     "The capital of Poland is",
     "Mount Fuji rises in the country of",
 )
+STEPS = {False: 16, True: 6}  # of decoding that are timed, for a single sequence and for several
 UNBOUNDED = 2**40  # bytes of the caches, so that the memory of the machine does not decide
 
 
@@ -112,24 +115,42 @@ def bench_tokens(
     patches = {name: (replica, replica.compose_patch(active)) for name, (replica, active) in replicas.items()}
     rows = []
     for size in batch_sizes:
-        steps = max(4, 64 // size)
-        tasks = {name: partial(_decode, *pair, size, steps) for name, pair in patches.items()}
-        seconds = time_interleaved(tasks, rounds, synchronise=device_synchronizer(str(model.device)))
+        steps = STEPS[size > 1]
+        tasks = {name: DecodingTask(*pair, size, steps) for name, pair in patches.items()}
+        synchronise = device_synchronizer(str(model.device))
+        seconds = time_interleaved(tasks, rounds, synchronise=synchronise, prepare=partial(_prefill, tasks))
         first = next(iter(seconds.values()))
         for name, spread in seconds.items():
             rows.append([size, name, spread.scaled(1000 / steps / size), spread.ratio_to(first)])
     return rows
 
 
-def _decode(replica: VersionedModel, patch: PatchSet, size: int, steps: int) -> None:
-    """Decode tokens of a batch at one version."""
-    sampling = Sampling(max_new_tokens=steps)
-    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(size)]
-    batch = DecodingBatch(replica.base, [new_sequence(replica.base, p, sampling) for p in prompts])
-    with without_end_tokens(replica.base):
-        while len(batch):
-            with replica.use_patch(patch):
-                batch.step()
+def _prefill(tasks: Mapping[str, DecodingTask], name: str) -> None:
+    tasks[name].prefill()
+
+
+class DecodingTask:
+    """Decodes tokens of a batch at one version, after a prefill that is not timed."""
+
+    def __init__(self, replica: VersionedModel, patch: PatchSet, size: int, steps: int) -> None:
+        self._replica, self._patch, self._size, self._steps = replica, patch, size, steps
+
+    def prefill(self) -> None:
+        sampling = Sampling(max_new_tokens=self._steps + 2)
+        prompts = [PROMPTS[i % len(PROMPTS)] for i in range(self._size)]
+        with without_end_tokens(self._replica.base):
+            sequences = [new_sequence(self._replica.base, p, sampling) for p in prompts]
+            self._batch = DecodingBatch(self._replica.base, sequences)
+        self._step()
+
+    def _step(self) -> None:
+        with self._replica.use_patch(self._patch):
+            self._batch.step()
+
+    def __call__(self) -> None:
+        for _ in range(self._steps):
+            self._step()
+        assert len(self._batch) == self._size
 
 
 # one edit more, one edit fewer
@@ -259,7 +280,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parts = ("tokens", "edits", "versions")
-    parser.add_argument("parts", nargs="*", choices=[*parts, []], default=list(parts))
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--model", nargs="+", default=["shipped"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", type=int, nargs="+", default=[0, 100, 1000, 10000], help="active edits")
@@ -276,27 +297,31 @@ def main() -> None:
     arguments = parse_arguments()
     report = Report("gated_speed", arguments.device)
     for name in arguments.model:
-        model = build_model(name, arguments.device)
+        model = build_model(resolve_model(name, Settings().models_dir), arguments.device)
         space = random_space(model)
         most = max([*arguments.rows, arguments.active]) + 1
         edits = [random_edit(model, space, number) for number in range(most)]
         if "tokens" in arguments.parts:
-            rows = bench_tokens(model, edits, arguments.rows, arguments.batch, arguments.rounds)
-            columns = ("batch", "active edits", "ms per token", "ratio")
-            report.add_table(f"{name}: a token of the greedy decoding", columns, rows)
+            report.add_table(
+                f"{name}: a token of the greedy decoding",
+                ("batch", "active edits", "ms per token", "ratio"),
+                bench_tokens(model, edits, arguments.rows, arguments.batch, arguments.rounds),
+            )
         if "edits" in arguments.parts:
-            counts = [n for n in arguments.rows if n]
-            made = bench_versions_made(model, edits, counts, arguments.rounds)
-            made_columns = ("active edits", "apply one more, ms", "revert it, ms", "from nothing, ms")
-            report.add_table(f"{name}: a version", made_columns, made)
+            report.add_table(
+                f"{name}: a version",
+                ("active edits", "apply one more, ms", "revert it, ms", "from nothing, ms"),
+                bench_versions_made(model, edits, [n for n in arguments.rows if n], arguments.rounds),
+            )
         if "versions" in arguments.parts:
             active, callers = edits[: arguments.active], arguments.callers
-            mixed = bench_versions(
-                model, active, callers, arguments.versions, arguments.tokens, arguments.rounds
+            report.add_table(
+                f"{name}: {callers} callers, {len(active):,} gated edits active and one of each version",
+                ("versions", "tokens per second", "ratio to one gated version"),
+                bench_versions(
+                    model, active, callers, arguments.versions, arguments.tokens, arguments.rounds
+                ),
             )
-            mixed_columns = ("versions", "tokens per second", "ratio to one gated version")
-            title = f"{name}: {callers} callers, {len(active):,} gated edits active and one of each version"
-            report.add_table(title, mixed_columns, mixed)
 
 
 if __name__ == "__main__":

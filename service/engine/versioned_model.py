@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from service.codebooks.codebook import build_codebook_in_steps
 from service.errors import DigestMismatch
 from service.gating.gate_table import GateTable
 from service.gating.gated_row import GatedRow
-from service.gating.gated_rows import new_gated_rows
+from service.gating.gated_rows import GatedRows, new_gated_rows
 from service.kit import metrics
 from service.kit.steps import Phase, Progress, Stepper, advance, run_to_completion, step_within
 from service.kit.text import normalize_whitespace
@@ -42,16 +42,20 @@ from service.weights.factors import (
     CodebookEntry,
     EditUpdate,
     deserialize_updates,
+    gate_of,
     weight_updates,
 )
 from service.weights.gate_space import GateSpace, deserialize_gate_space
 
 T = TypeVar("T")
+LedgerEdit = tuple[str, dict[str, Any]]  # the id of an edit, and the body of its entry
+Place = tuple[int, str]  # a layer, and the digest of a gate space
 MAX_CACHED_VERSIONS = 8  # versions whose weights are cached
 CACHE_FRACTION = 0.1  # of the memory that is free at the start, for each cache
 DEFAULT_CACHE_BYTES = 2**30  # for each cache, where the free memory is unknown
 FACTORS_PER_STEP = 64  # edits whose factors one step reads
 ROWS_PER_STEP = 256  # gated rows that one step looks up or computes
+MAX_DIFFERENCE = 64  # edits that a version that is made out of another one may have more or fewer
 DIGEST_BYTES = 2**23  # bytes that one step hashes
 
 
@@ -81,6 +85,14 @@ class EmptyLedger:
 
     def gate_space(self, digest: str) -> bytes:
         raise KeyError(digest)
+
+
+@dataclass(frozen=True)
+class _ActiveEdits:
+    """The ids of the edits that are active at a version, and of those that are not only gated rows."""
+
+    edits: frozenset[str]
+    not_gated: frozenset[str]
 
 
 @dataclass
@@ -125,9 +137,11 @@ class VersionedModel:
             memory_estimates.free_bytes(torch.device("cpu"))
         )
         self._patches: OrderedDict[int, PatchSet] = OrderedDict()
+        self._active: dict[int, _ActiveEdits] = {}  # of cached versions
         self._spaces: dict[str, GateSpace] = {}
-        self._tables: dict[tuple[int, str], GateTable] = {}  # by layer and gate space
+        self._tables: dict[Place, GateTable] = {}
         self._last_dense = _ComposedWeights()
+        self._dense_hashes: WeakKeyDictionary[DensePatch, hashlib._Hash] = WeakKeyDictionary()
         self._dense_by_digest: WeakValueDictionary[str, DensePatch] = WeakValueDictionary()
         self._dense_digests: dict[int, str] = {}  # of the attested versions
         self._attested: dict[int, str] = {}
@@ -148,21 +162,23 @@ class VersionedModel:
 
     def active_updates_in_steps(self, version: int) -> Stepper[dict[str, list[EditUpdate]]]:
         """Return the updates of every edit that is active at a version, by the edit's id."""
-        subjects = {
-            edit: normalize_whitespace(str(body["subject"])) for edit, body in self.ledger.active_at(version)
-        }
-        updates = {edit: self._updates[edit] for edit in subjects if edit in self._updates}
+        return (yield from self._read_updates(self.ledger.active_at(version)))
+
+    def _read_updates(self, edits: Sequence[LedgerEdit]) -> Stepper[dict[str, list[EditUpdate]]]:
+        """Return the updates of edits in their order, by the edit's id."""
+        updates = {edit: self._updates[edit] for edit, _ in edits if edit in self._updates}
         for edit in updates:
             self._updates.move_to_end(edit)
-        missing = [edit for edit in subjects if edit not in updates]
+        missing = {edit: body for edit, body in edits if edit not in updates}
         for start in range(0, len(missing), FACTORS_PER_STEP):
-            batch = missing[start : start + FACTORS_PER_STEP]
+            batch = list(missing)[start : start + FACTORS_PER_STEP]
             factors = self.ledger.factors_of(batch)
             for edit in batch:
-                updates[edit] = deserialize_updates(factors[edit], edit, subjects[edit], self.find_gate_space)
+                subject = normalize_whitespace(str(missing[edit]["subject"]))
+                updates[edit] = deserialize_updates(factors[edit], edit, subject, self.find_gate_space)
                 self._cache_updates(edit, updates[edit])
             yield Progress(Phase.COMPOSE, start + len(batch), len(missing))
-        return {edit: updates[edit] for edit in subjects}
+        return {edit: updates[edit] for edit, _ in edits}
 
     def _cache_updates(self, edit: str, updates: list[EditUpdate]) -> None:
         if edit not in self._updates:  # another stepper may have read it meanwhile
@@ -218,18 +234,22 @@ class VersionedModel:
 
     def _gated_patches(self, updates: Sequence[EditUpdate]) -> Stepper[list[GatedPatch]]:
         """Return the rows of each layer and gate space."""
-        rows: dict[tuple[int, str], list[GatedRow]] = {}
+        rows = yield from self._rows_by_place(updates)
+        return [
+            GatedPatch(new_gated_rows(self._tables[place], group)) for place, group in sorted(rows.items())
+        ]
+
+    def _rows_by_place(self, updates: Sequence[EditUpdate]) -> Stepper[dict[Place, list[GatedRow]]]:
+        rows: dict[Place, list[GatedRow]] = {}
         for number, u in enumerate(updates):
             if isinstance(u, Association) and u.gate is not None:
                 place = (u.layer, u.gate.space.digest)
                 rows.setdefault(place, []).append(self._table(place, u.gate.space).row(u))
             if number % ROWS_PER_STEP == ROWS_PER_STEP - 1:
                 yield Progress(Phase.COMPOSE, number, len(updates))
-        return [
-            GatedPatch(new_gated_rows(self._tables[place], group)) for place, group in sorted(rows.items())
-        ]
+        return rows
 
-    def _table(self, place: tuple[int, str], space: GateSpace) -> GateTable:
+    def _table(self, place: Place, space: GateSpace) -> GateTable:
         if place not in self._tables:
             self._tables[place] = GateTable(space, self.base.weight(place[0]).device)
         return self._tables[place]
@@ -320,8 +340,42 @@ class VersionedModel:
         return self._patches[version]
 
     def _compose_version(self, version: int) -> Stepper[PatchSet]:
-        active = yield from self.active_updates_in_steps(version)
-        return (yield from self.compose_patch_in_steps(a for group in active.values() for a in group))
+        edits = self.ledger.active_at(version)
+        patch = yield from self._derive_version(version, edits)
+        if patch is not None:
+            return patch
+        active = yield from self._read_updates(edits)
+        patch = yield from self.compose_patch_in_steps(a for group in active.values() for a in group)
+        not_gated = {edit for edit, group in active.items() if any(gate_of(u) is None for u in group)}
+        self._active[version] = _ActiveEdits(frozenset(active), frozenset(not_gated))
+        return patch
+
+    def _derive_version(self, version: int, edits: Sequence[LedgerEdit]) -> Stepper[PatchSet | None]:
+        """Return the patches of a version, made out of those of the cached version that is nearest to it: with the rows
+        of the edits that it has more, and without those of the edits that it has fewer. Return None if there are many
+        of them, or one that is not gated."""
+        known = [v for v in self._active if v in self._patches]
+        if not known:
+            return None
+        nearest = min(known, key=lambda v: abs(v - version))
+        before, patch = self._active[nearest], self._patches[nearest]
+        ids = frozenset(edit for edit, _ in edits)
+        removed = before.edits - ids
+        added = [(edit, body) for edit, body in edits if edit not in before.edits]
+        if len(removed) + len(added) > MAX_DIFFERENCE or removed & before.not_gated:
+            return None
+        groups = yield from self._read_updates(added)
+        updates = [u for group in groups.values() for u in group]
+        if any(gate_of(u) is None for u in updates):
+            return None
+        rows = yield from self._rows_by_place(updates)
+        gated: dict[Place, GatedRows] = {p.place: p.rows for p in patch.gated}
+        for place in gated.keys() | rows.keys():
+            of_place = gated.get(place) or new_gated_rows(self._tables[place], [])
+            gated[place] = of_place.changed(removed, rows.get(place, []))
+        self._active[version] = _ActiveEdits(ids, before.not_gated)
+        groups_left = (GatedPatch(group) for _, group in sorted(gated.items()) if group.rows)
+        return replace(patch, gated=tuple(groups_left))
 
     def _cache_patch(self, version: int, patch: PatchSet) -> None:
         """Cache the patches of a version as the newest entry, which is never evicted itself."""
@@ -332,7 +386,8 @@ class VersionedModel:
         while len(self._patches) > 1 and (
             len(self._patches) > self._max_cached_versions or self._cached_bytes() > self._max_weight_bytes
         ):
-            self._patches.popitem(last=False)
+            evicted, _ = self._patches.popitem(last=False)
+            self._active.pop(evicted, None)
 
     def _cached_bytes(self) -> int:
         """Return the memory of the cached weights and codebooks, and of all gated rows, each counted once."""
@@ -346,8 +401,11 @@ class VersionedModel:
     def _digest_patch(self, patch: PatchSet) -> Stepper[tuple[str, str]]:
         """Return the sha256 of the base model's fingerprint and the name and bytes of everything that differs from
         it, and the same of its weights alone."""
-        digest = hashlib.sha256(self.base.fingerprint.encode())
-        yield from self._hash_content(digest, PatchSet(patch.dense))
+        known = None if patch.dense is None else self._dense_hashes.get(patch.dense)
+        digest = hashlib.sha256(self.base.fingerprint.encode()) if known is None else known.copy()
+        if known is None and patch.dense is not None:
+            yield from self._hash_content(digest, PatchSet(patch.dense))
+            self._dense_hashes[patch.dense] = digest.copy()
         dense_digest = digest.hexdigest()
         yield from self._hash_content(digest, replace(patch, dense=None))
         return digest.hexdigest(), dense_digest
@@ -372,8 +430,11 @@ class VersionedModel:
         return run_to_completion(self.remaining_capacity_in_steps(version))
 
     def remaining_capacity_in_steps(self, version: int) -> Stepper[dict[int, float]]:
-        """Return the mean capacity of each edited layer at a version."""
-        active = yield from self.active_updates_in_steps(version)
+        """Return the mean capacity of each edited layer at a version. Gated edits take none, and are not read."""
+        edits = self.ledger.active_at(version)
+        if version in self._active:
+            edits = [(edit, body) for edit, body in edits if edit in self._active[version].not_gated]
+        active = yield from self._read_updates(edits)
         return (yield from average_capacities_in_steps(a for group in active.values() for a in group))
 
     # use

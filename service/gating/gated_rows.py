@@ -35,7 +35,8 @@ the table holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -68,9 +69,20 @@ class GatedRows:
         """The memory of the rows, which other versions may share."""
         return sum(row.nbytes for row in self.rows)
 
+    def changed(self, removed: Collection[str], added: Sequence[GatedRow]) -> GatedRows:
+        """Return the rows without those of some edits, and with other ones."""
+        rows = list(self.rows)
+        for edit in removed:
+            at = bisect_left(rows, edit, key=_edit_of)
+            while at < len(rows) and rows[at].edit == edit:
+                del rows[at]
+        for row in added:
+            insort(rows, row, key=_edit_of)
+        return GatedRows(self.table, tuple(rows))
+
     def digests(self) -> Tensor:
         """Return the digests of the rows in their order, (n, 32) bytes."""
-        content = bytearray(b"".join(row.digest for row in self.rows))
+        content = bytearray(b"".join([row.digest for row in self.rows]))
         return torch.frombuffer(content, dtype=torch.uint8).view(-1, 32)
 
     def change(self, keys: Tensor) -> TokenChanges | None:
@@ -97,7 +109,11 @@ class TokenChanges:
 
 def new_gated_rows(table: GateTable, rows: Sequence[GatedRow]) -> GatedRows:
     """Return the rows of a version, in any order."""
-    return GatedRows(table, tuple(sorted(rows, key=lambda row: row.edit)))
+    return GatedRows(table, tuple(sorted(rows, key=_edit_of)))
+
+
+def _edit_of(row: GatedRow) -> str:
+    return row.association.edit
 
 
 def change_of_batch(keys: Tensor, versions: Sequence[GatedRows | None]) -> TokenChanges | None:

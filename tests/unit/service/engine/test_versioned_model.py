@@ -21,6 +21,7 @@ from service.gating.gated_row import new_gated_row
 from service.kit.steps import Phase, Progress, Stepper, run_steps, run_to_completion
 from service.models.loading import LoadedModel, WeightRef
 from service.patches.patch import weights_patch
+from service.weights.capacity import average_capacities
 from service.weights.composition import apply_delta
 from service.weights.factors import Association, Gate, serialize_updates
 from service.weights.gate_space import GateSpace
@@ -347,11 +348,21 @@ def test_factor_cache_is_bounded_in_bytes() -> None:
 
 
 @settings(max_examples=12, deadline=None)
-@given(st.permutations([1, 2, 3, *range(GATED, GATED + 6)]), st.integers(0, 10**6))
-def test_versions_with_gated_edits_are_those_made_from_nothing(order: list[int], seed: int) -> None:
-    """However edits of both forms came and went, each version has the digest, the bytes and the logits of one that
-    another replica makes from nothing."""
-    model, ledger, rng = tiny(), FakeLedger(), random.Random(seed)
+@given(
+    st.permutations([1, 2, 3, *range(GATED, GATED + 6)]), st.integers(0, 10**6), st.sampled_from([0, 2, 64])
+)
+def test_versions_with_gated_edits_are_those_made_from_nothing(
+    order: list[int], seed: int, max_difference: int
+) -> None:
+    """However edits of both forms came and went, and whichever versions are made out of others, each version has the
+    digest, the bytes and the logits of one that another replica makes from nothing."""
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(versioned_model, "MAX_DIFFERENCE", max_difference)
+        run_random_history(order, random.Random(seed))
+
+
+def run_random_history(order: list[int], rng: random.Random) -> None:
+    model, ledger = tiny(), FakeLedger()
     replica = VersionedModel(model, ledger, max_cached_versions=rng.choice((1, 3, 8)))
     waiting, active, versions = list(order), list[int](), list[int]()
     while waiting or active:
@@ -360,7 +371,9 @@ def test_versions_with_gated_edits_are_those_made_from_nothing(order: list[int],
         else:
             active.remove(rng.choice(active))
         versions.append(ledger.add_version(active))
-        replica.patch(versions[-1])
+        if rng.random() < 0.8:
+            replica.patch(rng.choice(versions[-4:]))
+    replica.patch(versions[-1])
     assert replica.digest(versions[-1]) == replica.digest(0)
     for version in rng.sample(versions, 4):
         fresh = VersionedModel(tiny(), ledger)
@@ -394,6 +407,37 @@ def test_a_gated_edit_costs_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
     reverted = replica.patch(ledger.add_version([*active[:5], *active[6:], GATED + 40]))
     assert computed == [f"edit_{GATED + 40}"]
     assert before.dense is applied.dense is reverted.dense
+
+
+def test_a_gated_edit_reads_its_own_factors() -> None:
+    """A version with one gated edit more reads the factors of this edit alone, one with one fewer reads none, and the
+    capacity of their layers reads those of the edits in the weights, even if no factor is cached."""
+
+    class Counting(FakeLedger):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reads: list[str] = []
+
+        def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]:
+            self.reads += edits
+            return super().factors_of(edits)
+
+    ledger, active = Counting(), [1, *range(GATED, GATED + 9)]
+    replica = VersionedModel(tiny(), ledger, max_factor_bytes=1)
+    replica.patch(ledger.add_version(active))
+    for edits, read in (
+        ([*active, 70], ["edit_70"]),
+        ([*active[:3], *active[4:], 70], []),
+        ([*active, 70], [f"edit_{active[3]}"]),
+    ):
+        ledger.reads.clear()
+        replica.patch(ledger.add_version(edits))
+        assert ledger.reads == read
+    ledger.reads.clear()
+    capacity = replica.remaining_capacity(ledger.head())
+    assert ledger.reads == ["edit_01"]
+    fresh = VersionedModel(tiny(), ledger)
+    assert capacity == fresh.remaining_capacity(ledger.head()) == average_capacities(random_edit(1))
 
 
 def test_equal_weights_are_held_once() -> None:
