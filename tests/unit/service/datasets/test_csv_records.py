@@ -74,7 +74,7 @@ def test_an_error_names_line_and_column(
 
 
 def test_json_is_refused_with_line_and_column(tmp_path: Path) -> None:
-    """An error in JSON lines and in a JSON list names its line and column in the file, and JSON has no columns of CSV."""
+    """An error in JSON lines and in a JSON list names its line and column. JSON has no columns of CSV."""
     lines = write(tmp_path, '{"subject": "Nile"}\n{"subject": }\n', "a.jsonl")
     listed = write(tmp_path, '[\n{"subject": }\n]', "a.json")
     for path in (lines, listed):
