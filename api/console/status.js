@@ -93,7 +93,7 @@ function preparation(workers) {
 export function showStatus(place) {
   onStatus(({ model, error }) => {
     if (error) {
-      place.className = "service-status off";
+      place.className = `service-status ${error.status === 503 ? "waiting" : "off"}`;
       const words = error.status === 401 ? "needs a key" : error.status === 503 ? "starting" : "unreachable";
       replaceChildren(place, h("span", { class: "dot" }), h("span", { class: "words" }, words));
       return;

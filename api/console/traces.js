@@ -274,7 +274,7 @@ function maps(trace, signal) {
   const side = h("div", { class: "side" });
   const kinds = Object.keys(result.kinds);
   const tabs = [
-    ...(kinds.length > 1 ? [["all", "side by side"]] : []),
+    ...(kinds.length > 1 ? [["all", "all"]] : []),
     ...Object.keys(result.kinds).map((kind) => [kind, KINDS[kind].words]),
     ...(result.severed ? [["severed", "severed"]] : []),
   ];
