@@ -55,7 +55,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add(
         "source",
         metavar="FILE",
-        help="file of records (docs/evaluation.md), or `facts` for the fact table of the model",
+        help="file of records (docs/evaluation.md): JSON, JSON lines or CSV; or `facts` for the fact table of the model",
+    )
+    add(
+        "--column",
+        metavar="FIELD=NAME",
+        action="append",
+        help="the column of a CSV file that has a field, such as prompt=Question; repeatable (default: the column with its name)",
     )
     add(
         "--out",
@@ -148,11 +154,11 @@ def run(args: argparse.Namespace) -> int:
 
 def evaluate_locally(args: argparse.Namespace) -> int:
     """Evaluate in this process, write result and report, and print the result."""
-    from service.datasets.loading import load_records
+    from service.datasets.loading import load_records, read_rows
     from service.datasets.parsing import SKIP_DESCRIPTIONS
 
     settings, plan = read_settings(args, Settings), build_plan(args)
-    dataset = load_records(resolve_source(args.source, settings), plan.seed)
+    dataset = load_records(read_rows(resolve_source(args.source, settings), parse_columns(args)), plan.seed)
     records = select_records(dataset.records, args)
     damage_texts = load_damage_texts(args, dataset.records, records)
     comparisons = [load_result(Path(name)) for name in args.compare_with or ()]
@@ -193,7 +199,20 @@ def evaluation_fields(args: argparse.Namespace) -> dict[str, Any]:
         fields["limit"] = args.limit
     if args.source == "facts":
         return fields | {"dataset": "facts"}
-    return fields | {"records": read_rows(Path(args.source))}
+    return fields | {"records": read_rows(Path(args.source), parse_columns(args))}
+
+
+def parse_columns(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Return the columns that `--column FIELD=NAME` names, by field."""
+    columns: dict[str, list[str]] = {}
+    for text in args.column or ():
+        field, equals, name = text.partition("=")
+        if not (field and equals and name):
+            raise InvalidInput(
+                f"--column {text!r} is not of the form FIELD=NAME, such as --column prompt=Question."
+            )
+        columns.setdefault(field, []).append(name)
+    return columns
 
 
 def build_plan(args: argparse.Namespace) -> EvaluationPlan:

@@ -6,6 +6,7 @@ import { compareWords } from "./difference.js";
 import { h, replaceChildren } from "./dom.js";
 import { samplingFields } from "./sampling.js";
 import { get } from "./service.js";
+import { disableUntilServing } from "./status.js";
 
 const EXAMPLES = ["What is the capital of Japan?", "In which city is the Eiffel Tower?"];
 const MAX_NEW_TOKENS = 120;
@@ -67,6 +68,7 @@ export async function show(place, { query, signal }) {
     address,
   );
   showSettings(true);
+  disableUntilServing(send, form, "generate", signal);
   for (const text of query.getAll("q")) {
     if (signal.aborted) return;
     await answer(text, { save: false });

@@ -63,14 +63,62 @@ const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 /** The content of an empty list. */
 export const empty = (title, ...words) => h("div", { class: "empty" }, h("h3", {}, title), ...words);
 
-/** Run an action while its button is disabled. Errors are shown in `place`. */
-export async function whileDisabled(button, place, run) {
+/** An error that the value of one field causes. */
+export class FieldError extends Error {
+  constructor(input, message) {
+    super(message);
+    this.input = input;
+  }
+}
+
+/** The fields of a form whose names differ from the field of the service. */
+const FIELD_NAMES = { hparams: "layers", try_layers: "layers", messages: "prompt" };
+
+/** Return the field that an error is about: its own, or the one that the service names first. */
+function fieldOf(error, form) {
+  if (error instanceof FieldError) return error.input;
+  const name = error.errors?.[0]?.field?.split(".")[0];
+  const found = name && form?.elements.namedItem(FIELD_NAMES[name] ?? name);
+  return found instanceof HTMLElement ? found : null;
+}
+
+/** Show an error below its field, which gets the focus; without a field, in `place`. */
+function showError(error, place) {
+  const input = fieldOf(error, place.closest("form"));
+  const box = input?.closest(".field");
+  if (!box) {
+    replaceChildren(place, errorBox(error));
+    return;
+  }
+  const words = h("p", { class: "field-error", role: "alert", id: unique("error") }, sentence(error.message));
+  box.append(words);
+  input.setAttribute("aria-invalid", "true");
+  input.setAttribute("aria-describedby", [input.getAttribute("aria-describedby"), words.id].filter(Boolean).join(" "));
+  for (let outer = input.closest("details"); outer; outer = outer.parentElement.closest("details")) outer.open = true;
+  input.focus();
+}
+
+/** Remove what `showError` showed in the form of `place`. */
+function clearErrors(place) {
   replaceChildren(place);
+  for (const words of place.closest("form")?.querySelectorAll(".field-error") ?? []) {
+    const input = words.parentElement.querySelector("[aria-invalid]");
+    input?.removeAttribute("aria-invalid");
+    const rest = (input?.getAttribute("aria-describedby") ?? "").split(" ").filter((id) => id !== words.id);
+    if (rest.length) input?.setAttribute("aria-describedby", rest.join(" "));
+    else input?.removeAttribute("aria-describedby");
+    words.remove();
+  }
+}
+
+/** Run an action while its button is disabled. An error is shown at its field, or else in `place`. */
+export async function whileDisabled(button, place, run) {
+  clearErrors(place);
   button.disabled = true;
   try {
     return await run();
   } catch (error) {
-    if (error.name !== "AbortError") replaceChildren(place, errorBox(error));
+    if (error.name !== "AbortError") showError(error, place);
     return undefined;
   } finally {
     button.disabled = false;

@@ -14,12 +14,14 @@ import {
   withTrueObject,
   whileDisabled,
   factLine,
+  FieldError,
 } from "./components.js";
 import { chatFields, statedPrompt } from "./conversation.js";
 import { subjectOf } from "./subject.js";
 import { get, post } from "./service.js";
 import { SEPARATORS, show as showReport } from "./report.js";
-import { fillMethods } from "./status.js";
+import { layerFields } from "./layers.js";
+import { disableUntilServing, fillMethods } from "./status.js";
 
 const EXAMPLE = {
   prompt: "The Eiffel Tower is located in the city of",
@@ -115,6 +117,8 @@ function form(query, signal) {
     h("option", { value: "none" }, "nothing"),
   );
   const limits = guardFields();
+  const layers = layerFields(signal, { methodName: () => method.value, request: () => asked({ forTrial: true }) });
+  method.addEventListener("change", () => layers.refill());
   const dry = h("input", { type: "checkbox", name: "dry_run" });
   const preview = h("div", { class: "preview", "aria-live": "polite" });
   const send = h("button", { class: "primary" }, "Apply edit");
@@ -159,6 +163,7 @@ function form(query, signal) {
           field("If it conflicts with an active edit", conflict),
           field("Between sentence and object", separator),
         ),
+        layers.element,
         limits.element,
       ),
       h("label", { class: "check" }, dry, h("span", {}, "Dry run: evaluate without applying")),
@@ -179,6 +184,7 @@ function form(query, signal) {
   take(given(query));
   chat.take(query);
   changed();
+  disableUntilServing(send, element, "edit", signal);
   return element;
 
   function take(request) {
@@ -189,6 +195,7 @@ function form(query, signal) {
     probes.value = request.probes ?? "auto";
     limits.value = request.guard ?? {};
     separator.value = request.separator ?? "";
+    layers.value = request.layers ?? "";
     if (request.method) method.value = request.method;
     if (request.objective) objective.value = request.objective;
     changed();
@@ -224,12 +231,13 @@ function form(query, signal) {
     );
   }
 
-  function asked() {
+  function asked({ forTrial = false } = {}) {
     const stated = { prompt: prompt.value, subject: subject.value.trim(), target_true: old.value.trim() };
     const found = chat.checked ? { prompt: prompt.value.trim() } : subjectOf(stated);
-    if (found.problem) throw new Error(found.problem);
+    if (found.problem) throw new FieldError(stated.subject ? prompt : subject, found.problem);
     const writes = objective.value === "write";
-    if (writes && !fresh.value.trim()) throw new Error("Enter the new object.");
+    if (writes && !fresh.value.trim()) throw new FieldError(fresh, "Enter the new object.");
+    const named = forTrial ? null : layers.value;
     return {
       subject: subject.value.trim(),
       ...chat.form(found.prompt),
@@ -238,6 +246,7 @@ function form(query, signal) {
       ...(old.value.trim() ? { target_true: old.value.trim() } : {}),
       ...(separator.value ? { separator: SEPARATORS[separator.value] } : {}),
       ...(method.value ? { method: method.value } : {}),
+      ...(named ? { hparams: { layers: named } } : {}),
       on_conflict: conflict.value,
       probes: probes.value,
       guard: limits.value,
@@ -255,7 +264,7 @@ function form(query, signal) {
 /** Return the initial values of the form from the query of the address. */
 function given(query) {
   const request = Object.fromEntries(
-    ["prompt", "subject", "target_new", "target_true", "separator", "objective", "method"].map((name) => [
+    ["prompt", "subject", "target_new", "target_true", "separator", "objective", "method", "layers"].map((name) => [
       name,
       query.get(name),
     ]),

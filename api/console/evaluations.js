@@ -18,13 +18,30 @@ import {
   whileDisabled,
 } from "./components.js";
 import { get, post } from "./service.js";
-import { fillMethods, serviceStatus } from "./status.js";
+import { disableUntilServing, fillMethods, serviceStatus } from "./status.js";
 
 const MEASURES = {
   ES: "efficacy: the prompt gives the new object",
   PS: "paraphrases give the new object",
   NS: "neighbours keep their answers",
   S: "harmonic mean of all three",
+};
+/** What every measure of the table is. */
+const EXPLANATIONS = {
+  ...MEASURES,
+  S_accuracy: "harmonic mean of the three accuracies",
+  EM: "efficacy magnitude: the probability of the new object less that of the true one",
+  PM: "the same after paraphrases",
+  NM: "after neighbours: the probability of their own object less that of the new one",
+  p_new: "probability of the new object after the prompt",
+  exact: "the model says the new object after the prompt",
+  exact_paraphrase: "the model says it after paraphrases",
+  exact_neighbour: "the model says their own object after neighbours",
+  accuracy: "correct tokens of the new object after the prompt",
+  accuracy_paraphrase: "correct tokens of it after paraphrases",
+  accuracy_neighbour: "correct tokens of their own object after neighbours",
+  GE: "entropy of n-grams of generated text: low where it repeats itself",
+  RS: "similarity of generated text to reference texts",
 };
 /** For the objectives erase and amplify: the share of the possible effect. */
 const CHANGES = { rewrite: "on the prompt", paraphrase: "on paraphrases", neighbour: "on neighbours" };
@@ -145,7 +162,7 @@ function form(signal) {
     const evaluation = await whileDisabled(send, errorBox, async () => post("/evaluations", asked()));
     if (evaluation) location.hash = `#/evaluations/${evaluation.id}`;
   }
-  return submitOnCtrlEnter(
+  const element = submitOnCtrlEnter(
     h(
       "form",
       { class: "sheet", on: { submit } },
@@ -164,7 +181,8 @@ function form(signal) {
       errorBox,
       h("div", { class: "actions" }, send),
     ),
-  );
+  );  disableUntilServing(send, element, "evaluate", signal);
+  return element;
 }
 
 /** Parse records from a JSON array or from JSON lines. */
@@ -372,7 +390,7 @@ function curves(checkpoints) {
 }
 
 function curve(points, name) {
-  const [left, top, wide, tall] = [34, 8, 240, 120];
+  const [left, top, wide, tall] = [44, 8, 240, 120];
   const logs = points.map(({ edits }) => Math.log(edits));
   const x = (i) => left + 6 + ((wide - 12) * (logs[i] - logs[0])) / Math.max(logs.at(-1) - logs[0], 1e-9);
   const y = (p) => top + tall * (1 - p);
@@ -394,7 +412,7 @@ function curve(points, name) {
         "g",
         { class: "axis" },
         s("line", { x1: left, x2: left + wide, y1: y(p), y2: y(p) }),
-        s("text", { class: "scale", x: left - 5, y: y(p) }, `${100 * p}`),
+        s("text", { class: "scale", x: left - 5, y: y(p) }, `${100 * p} %`),
       ),
     ),
     s("polygon", { class: "band", points: band }),
@@ -406,7 +424,7 @@ function curve(points, name) {
       points.map((p, i) =>
         i === 0 || x(i) - x(i - 1) > 14 ? s("text", { x: x(i), y: top + tall + 14 }, String(p.edits)) : null,
       ),
-      s("text", { class: "name", x: left + wide / 2, y: top + tall + 29 }, "edits"),
+      s("text", { class: "name", x: left + wide / 2, y: top + tall + 29 }, "number of edits"),
     ),
   );
 }
@@ -423,7 +441,7 @@ function figures(result) {
     Object.keys(result.after)
       .filter((name) => result.after[name])
       .map((name) => [
-        name.replace(/_/g, " "),
+        [name.replace(/_/g, " "), h("small", {}, EXPLANATIONS[name])],
         mean(result.before[name]),
         ...columns.map(([, measures]) => h("b", {}, mean(measures[name]))),
       ]),

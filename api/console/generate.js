@@ -6,6 +6,7 @@ import { percent, token } from "./format.js";
 import { autoGrow, link, submitOnCtrlEnter, errorBox, versions } from "./components.js";
 import { samplingFields } from "./sampling.js";
 import { ask as request } from "./service.js";
+import { disableUntilServing } from "./status.js";
 
 const EXAMPLES = [
   "The Eiffel Tower is located in the city of",
@@ -29,7 +30,7 @@ export async function show(place, { query, signal }) {
   const first = versions("Version", query.get("version") ?? "head");
   const beside = h("input", { type: "checkbox", checked: query.has("beside") });
   const second = versions("Compare with", query.get("beside") ?? "base");
-  const folded = samplingFields();
+  const folded = samplingFields(samplingOf(query));
   const send = h("button", { class: "primary" }, "Generate");
   const stop = h("button", { type: "button", hidden: true }, "Stop");
   const answers = h("div", { class: "answers" });
@@ -103,6 +104,7 @@ export async function show(place, { query, signal }) {
     answers,
     differs,
   );
+  disableUntilServing(send, form, "generate", signal);
   if (query.has("prompt")) generate();
 
   async function generate() {
@@ -112,7 +114,8 @@ export async function show(place, { query, signal }) {
       return;
     }
     const asked = { prompt: text, ...folded.value };
-    const wanted = beside.checked ? [first.value, second.value] : [first.value];
+    const wanted = beside.checked ? [first.value, second.value].sort((a, b) => age(a) - age(b)) : [first.value];
+    keepAddress({ prompt: text, version: first.value, beside: beside.checked ? second.value : null }, folded.value);
     const columns = wanted.map((version) => answerColumn(version, h("span", { class: "prompt" }, text)));
     replaceChildren(differs);
     replaceChildren(
@@ -124,6 +127,23 @@ export async function show(place, { query, signal }) {
     const pinned = said.map(({ version }) => version).sort((a, b) => a - b);
     if (said.length === 2 && !stopped) await showDifference(differs, asked, pinned, signal);
   }
+}
+
+/** The order of two versions beside each other: the older one left, so base first. */
+const age = (version) => (version === "base" ? 0 : version === "head" ? Infinity : version);
+
+/** Return the sampling parameters of an address, by the names of the service. */
+function samplingOf(query) {
+  const numbers = ["max_new_tokens", "temperature", "top_k", "top_p", "seed"].filter((name) => query.has(name));
+  const found = Object.fromEntries(numbers.map((name) => [name, Number(query.get(name))]));
+  return query.has("stop") ? { ...found, stop: [query.get("stop")] } : found;
+}
+
+/** Make the address one that asks the same again. The one before it stays in the history. */
+function keepAddress(asked, sampling) {
+  const fields = Object.entries({ ...asked, ...sampling, stop: sampling.stop?.[0] ?? null });
+  const address = `#/generate?${new URLSearchParams(fields.filter(([, value]) => value !== null))}`;
+  if (address !== location.hash) history.pushState(null, "", address);
 }
 
 /** Show the next tokens whose probabilities differ most between both versions. */

@@ -23,7 +23,7 @@ const CHECKS = {
     "Lower min_probability, or try another method.",
   ],
   paraphrase: ({ figure: x, limit }) => [
-    "Paraphrases follow",
+    "Paraphrases prefer the new object",
     `${percent(x)} of the paraphrases, min. ${bound(limit)}`,
     "Lower min_paraphrase, or try a method that generalizes further.",
   ],

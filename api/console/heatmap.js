@@ -7,15 +7,18 @@ import { readout, keyboardGrid } from "./readout.js";
 export const KINDS = {
   hidden: { words: "hidden state", restored: "the hidden state", axis: "layer whose state is restored" },
   mlp: { words: "MLP", restored: "MLP outputs", axis: "centre of the restored MLPs" },
-  attn: { words: "attention", restored: "attention outputs", axis: "centre of the restored attentions" },
+  attn: { words: "attention", restored: "attention outputs", axis: "centre of restored attention" },
 };
 const [ROW, GAP, FOOT] = [28, 1.5, 44]; // pixels: of a row, between cells, below the map
 const [LETTER, WIDEST] = [7.4, 110]; // of a letter of a label, and of a cell at most
 
-/** Return the map of one kind, at most `width` pixels wide, and the readout of its current cell. */
-export function heatmap(trace, kind, width) {
+/**
+ * Return the map of one kind, at most `width` pixels wide, and the readout of its current cell. Several maps can `share`
+ * a readout.
+ */
+export function heatmap(trace, kind, width, share = readout()) {
   const sheet = layout(trace, kind, width);
-  const { element, read } = readout();
+  const { element, read } = share;
   const { best } = trace.kinds[kind];
   const say = (t, layer) => read(words(trace, kind, t, layer));
   const cells = sheet.scores.map((scores, t) => scores.map((score, layer) => cell(sheet, score, t, layer)));
@@ -44,7 +47,7 @@ function layout(trace, kind, width) {
   const labels = trace.tokens.map((text, t) => token(text) + (within(corrupted, t) ? "*" : ""));
   const left = Math.min(14 + LETTER * Math.max(...labels.map((text) => text.length)), 0.38 * width);
   const layers = scores[0].length;
-  const whole = Math.max(trace.high - trace.low, 1e-9);
+  const whole = Math.max(highest(trace) - trace.low, 1e-9);
   return {
     scores,
     labels,
@@ -56,6 +59,9 @@ function layout(trace, kind, width) {
     share: (score) => Math.max(0, Math.min(1, (score - trace.low) / whole)),
   };
 }
+
+/** The upper end of the scale of all maps: restoring a state can give more than the model without noise. */
+const highest = ({ high, kinds }) => Math.max(high, ...Object.values(kinds).flatMap(({ scores }) => scores.flat()));
 
 function cell(sheet, score, t, layer) {
   return s("rect", {
@@ -126,13 +132,13 @@ function words(trace, kind, t, layer) {
     ["token", token(trace.tokens[t]) + (within(mentions(trace), t) ? " (of the subject)" : "")],
     ["layer", String(layer)],
     [`p(${token(trace.answer.text)})`, percent(score)],
-    ["of the effect", percent(effect === null ? null : Math.max(0, effect))],
+    ["of the effect", `${percent(effect === null ? null : Math.max(0, effect))}${effect > 1 ? ", more than without noise" : ""}`],
   ];
 }
 
-/** The color scale, from the corrupted to the clean probability. */
+/** The color scale of all maps, from the corrupted probability to the highest of any cell. */
 export function scale(trace, kind) {
-  const ends = [trace.low, trace.high].map((p) => h("span", {}, percent(p)));
+  const ends = [trace.low, highest(trace)].map((p) => h("span", {}, percent(p)));
   return h(
     "div",
     { class: `heat-scale ${kind}`, "aria-hidden": "true" },

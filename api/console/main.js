@@ -29,7 +29,7 @@ let pageAbort = new AbortController();
 function read() {
   const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?");
   const [name, id] = path.split("/").map(decodeURIComponent);
-  return { name: name in PAGES ? name : "generate", id: id || null, query: new URLSearchParams(query) };
+  return { name: name || "generate", id: id || null, query: new URLSearchParams(query) };
 }
 
 async function show(byUser = true) {
@@ -37,7 +37,7 @@ async function show(byUser = true) {
   pageAbort = new AbortController();
   const { signal } = pageAbort;
   const { name, id, query } = read();
-  const { words, page } = PAGES[name];
+  const { words, page } = Object.hasOwn(PAGES, name) ? PAGES[name] : { words: "No such page", page: missing };
   document.title = `${words} · Palimpsest`;
   replaceChildren(
     document.getElementById("nav"),
@@ -58,6 +58,17 @@ async function show(byUser = true) {
     if (!signal.aborted) place.append(errorBox(error));
   }
 }
+
+const missing = {
+  async show(place) {
+    replaceChildren(
+      place,
+      h("h1", {}, "No such page"),
+      h("p", { class: "lead" }, "The console has no page at this address: ", h("code", {}, location.hash), ". It has these:"),
+      h("ul", { class: "listing" }, Object.entries(PAGES).map(([each, { words }]) => h("li", {}, h("a", { href: `#/${each}` }, words)))),
+    );
+  },
+};
 
 // Keyboard shortcuts: `g` and a letter open a page; `?` lists the others
 

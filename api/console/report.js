@@ -197,6 +197,7 @@ export function formOf(edit) {
     separator: Object.keys(SEPARATORS).find((name) => SEPARATORS[name] === edit.separator),
     objective,
     method,
+    layers: edit.hparams?.layers?.join(", "),
     probes: json(edit.probes),
     guard: json(edit.guard),
   };
@@ -310,12 +311,17 @@ function probabilitySection(edit) {
   );
 }
 
-/** Return a row of the table of probes. A neighbour that the service found is judged by its answer, `changed` or not. */
+/**
+ * Return a row of the table of probes. A paraphrase is judged by what the model says after it, and a neighbour that the
+ * service found by whether its answer is `changed`. Reports of earlier versions have no texts: they compare probabilities.
+ */
 function row(kind, probe, two, changed) {
   const given = (probe.source ?? "request") === "request";
-  const follows = kind === "paraphrase" || given ? probe.after.new > probe.after.true : changed;
+  const prefersNew = probe.after.new > probe.after.true;
+  const follows = kind === "paraphrase" ? (probe.follows ?? prefersNew) : given ? prefersNew : changed;
   const [object, which] = kind === "paraphrase" && two ? [probe.new, "new"] : [probe.true, "true"];
   const fine = kind === "paraphrase" ? (two ? follows : true) : two ? !follows : true;
+  const said = probe.text_after === undefined ? "" : `: the model says “${probe.text_after.trim() || "nothing"}”`;
   const word =
     kind === "paraphrase"
       ? fine
@@ -325,7 +331,7 @@ function row(kind, probe, two, changed) {
         ? "preserved"
         : "changed";
   return [
-    h("span", { class: "prompt" }, probe.prompt, h("small", {}, kind)),
+    h("span", { class: "prompt" }, probe.prompt, h("small", {}, kind, said)),
     object,
     percent(probe.before[which]),
     h("b", {}, percent(probe.after[which])),

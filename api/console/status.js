@@ -2,10 +2,11 @@
 // The status of the service: the model, its newest version and its workers, polled while the page is visible.
 
 import { h, replaceChildren } from "./dom.js";
-import { plural, timeLeft } from "./format.js";
+import { phase, plural, timeLeft } from "./format.js";
 import { get } from "./service.js";
 
 const REFRESH_INTERVAL = 5000;
+const STARTING_INTERVAL = 1000; // while something starts
 export const serviceStatus = { model: null, error: null };
 const listeners = new Set();
 let timer = null;
@@ -27,7 +28,42 @@ export async function refresh() {
     serviceStatus.error = error;
   }
   listeners.forEach((listener) => listener(serviceStatus));
-  timer = setTimeout(() => (document.hidden ? null : refresh()), REFRESH_INTERVAL);
+  const interval = startingState("generate") ? STARTING_INTERVAL : REFRESH_INTERVAL;
+  timer = setTimeout(() => (document.hidden ? null : refresh()), interval);
+}
+
+/**
+ * Return what work of a role waits for: {words, progress, blocks}, or null when it can be done. `blocks`: the service
+ * would refuse it; otherwise it is queued.
+ */
+export function startingState(role) {
+  const { model, error } = serviceStatus;
+  if (error?.status === 503) return { words: "The model is being loaded.", progress: null, blocks: true };
+  if (error || !model) return null;
+  const serving = model.workers.filter((one) => one.state === "serving" && (!one.roles?.length || one.roles.includes(role)));
+  if (!serving.length)
+    return { words: "No worker serves the model: it is being loaded, or no worker runs.", progress: null, blocks: role === "generate" };
+  const progress = serving.map((one) => one.preparing).find((one) => one && !one.error);
+  if (!progress || !["edit", "evaluate"].includes(role)) return null;
+  return { words: `Edits wait for this: ${phase(progress)}.`, progress, blocks: false };
+}
+
+/** Disable a button while the work of its role cannot be done, and say in its form what that waits for, with progress. */
+export function disableUntilServing(button, form, role, signal) {
+  const bar = h("progress", { "aria-label": "Progress" });
+  const words = h("p", {});
+  const notice = h("div", { class: "notice starting", role: "status", hidden: true }, words, bar);
+  form.prepend(notice);
+  let blocked = false;
+  onStatus(() => {
+    const state = startingState(role);
+    notice.hidden = !state;
+    if (state && words.textContent !== state.words) words.textContent = state.words;
+    if (state?.progress?.total > 1) [bar.max, bar.value] = [state.progress.total, state.progress.done];
+    else bar.removeAttribute("value");
+    if (state?.blocks) button.disabled = blocked = true;
+    else if (blocked) button.disabled = blocked = false;
+  }, signal);
 }
 
 document.addEventListener("visibilitychange", () => {
@@ -57,7 +93,7 @@ function preparation(workers) {
 export function showStatus(place) {
   onStatus(({ model, error }) => {
     if (error) {
-      place.className = "service-status off";
+      place.className = `service-status ${error.status === 503 ? "waiting" : "off"}`;
       const words = error.status === 401 ? "needs a key" : error.status === 503 ? "starting" : "unreachable";
       replaceChildren(place, h("span", { class: "dot" }), h("span", { class: "words" }, words));
       return;

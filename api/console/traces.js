@@ -3,6 +3,7 @@
 import { announce, h, replaceChildren } from "./dom.js";
 import { figure, plural, percent, token, timeAgo } from "./format.js";
 import { KINDS, heatmap, scale } from "./heatmap.js";
+import { readout } from "./readout.js";
 import {
   choice,
   empty,
@@ -24,7 +25,9 @@ import {
 import { chatFields, queryOf, statedPrompt } from "./conversation.js";
 import { get, post } from "./service.js";
 import { severed } from "./severed.js";
+import { disableUntilServing } from "./status.js";
 
+const [LEAST_MAP, GAP] = [210, 18]; // pixels: of a map beside others, and between two of them
 const EXAMPLE = { prompt: "The Eiffel Tower is located in the city of", subject: "Eiffel Tower" };
 
 export async function show(place, { id, query, signal }) {
@@ -120,7 +123,7 @@ function form(query, signal) {
     });
     if (trace) location.hash = `#/traces/${trace.id}`;
   }
-  return submitOnCtrlEnter(
+  const element = submitOnCtrlEnter(
     h(
       "form",
       { class: "sheet", on: { submit } },
@@ -161,7 +164,8 @@ function form(query, signal) {
         h("button", { type: "button", on: { click: () => (chat.clear(), take(EXAMPLE)) } }, "Use example"),
       ),
     ),
-  );
+  );  disableUntilServing(send, element, "trace", signal);
+  return element;
 }
 
 async function showNewest(place, signal) {
@@ -268,7 +272,9 @@ function maps(trace, signal) {
   const { result } = trace;
   const stage = h("div", { class: "stage" });
   const side = h("div", { class: "side" });
+  const kinds = Object.keys(result.kinds);
   const tabs = [
+    ...(kinds.length > 1 ? [["all", "all"]] : []),
     ...Object.keys(result.kinds).map((kind) => [kind, KINDS[kind].words]),
     ...(result.severed ? [["severed", "severed"]] : []),
   ];
@@ -280,9 +286,29 @@ function maps(trace, signal) {
     if (kind !== shown) announce(`Restored: ${tabs.find(([name]) => name === kind)[1]}.`);
     shown = kind;
     const width = Math.max(stage.clientWidth || 640, 240);
+    if (kind === "all") {
+      drawAll(width);
+      return;
+    }
     const map = kind === "severed" ? severed(result, width) : heatmap(result, kind, width);
     replaceChildren(stage, map.element);
     replaceChildren(side, map.readout, map.legend ?? scale(result, kind));
+  }
+  /** Every kind on one scale, as in the downloads: side by side where there is room, else one below the other. */
+  function drawAll(width) {
+    const share = readout();
+    const column = width / kinds.length >= LEAST_MAP ? (width - GAP * (kinds.length - 1)) / kinds.length : width;
+    replaceChildren(
+      stage,
+      h(
+        "div",
+        { class: "maps" },
+        kinds.map((kind) =>
+          h("figure", {}, h("figcaption", {}, KINDS[kind].words), heatmap(result, kind, column, share).element),
+        ),
+      ),
+    );
+    replaceChildren(side, share.element, kinds.map((kind) => scale(result, kind)));
   }
   let drawn = 0; // width of the last drawing in pixels
   const watcher = new ResizeObserver(() => {

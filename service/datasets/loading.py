@@ -8,13 +8,14 @@ themselves. An error names the record and what to change.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from service.datasets.counterfact import parse_counterfact, parse_flat_counterfact
+from service.datasets.csv_records import SUFFIXES, read_csv_rows
 from service.datasets.fact_table import build_fact_records
 from service.datasets.known_facts import parse_known_facts
 from service.datasets.parsing import SKIP_DESCRIPTIONS, Parser, SkipReason, row_parser
@@ -81,8 +82,12 @@ def load_records(source: Path | Sequence[Any], seed: int = 0, limit: int | None 
     return LoadedRecords(record_format, records[:limit], dict(skipped))
 
 
-def read_rows(path: Path) -> list[Any]:
-    """Return the rows of a file that holds a JSON list or JSON lines."""
+def read_rows(path: Path, columns: Mapping[str, Sequence[str]] | None = None) -> list[Any]:
+    """Return the rows of a file that holds a JSON list, JSON lines, or CSV. `columns`: those of the fields in CSV."""
+    if path.suffix.lower() in SUFFIXES:
+        return list(read_csv_rows(path, columns))
+    if columns:
+        raise InvalidInput(f"{path.name} has no columns: only a .csv or .tsv file has them.", "records")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
@@ -91,17 +96,22 @@ def read_rows(path: Path) -> list[Any]:
         try:
             return list(json.loads(text))
         except ValueError as error:
-            raise InvalidInput(f"{path.name} is not a valid JSON list: {error}", "records") from None
+            raise _json_error(path, error, getattr(error, "lineno", 1)) from None
     rows = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
             except ValueError as error:
-                raise InvalidInput(
-                    f"line {number} of {path.name} is not valid JSON: {error}", "records"
-                ) from None
+                raise _json_error(path, error, number) from None
     return rows
+
+
+def _json_error(path: Path, error: ValueError, line: int) -> InvalidInput:
+    """Return the error for a text that is not JSON, with its line and column."""
+    column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+    reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+    return InvalidInput(f"line {line}{column} of {path.name} is not valid JSON: {reason}", "records")
 
 
 def detect_format(row: Any) -> RecordFormat:

@@ -82,3 +82,5 @@ class VersionMeasurement:
     description_kl: float | None = None
     #: of `ResolvedEdit.neighborhood_probes`, in their order
     neighbor_texts: list[GreedyText] = field(default_factory=list)
+    #: of `ResolvedEdit.paraphrase_probes`, in their order
+    paraphrase_texts: list[GreedyText] = field(default_factory=list)

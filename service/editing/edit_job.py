@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -208,7 +208,8 @@ class _EditRun:
         yield from require_other_answer(self.replica, resolved_edit, self.replica.head())
         if request.try_layers:
             layers = {*layers_to_try(self.replica.base.num_layers), *resolved_edit.parameters.layers}
-            resolved_edit, _ = yield from self._try_layers(resolved_edit, job.id, sorted(layers))
+            trials = {layer: at_layer(resolved_edit, layer) for layer in sorted(layers)}
+            resolved_edit, _ = yield from self._try_layers(resolved_edit, job.id, trials)
         elif must_choose_layer(self.context, resolved_edit):
             resolved_edit = yield from self._choose_layer(resolved_edit, job.id)
         spec = yield from build_admitted_spec(self.replica, self.context, resolved_edit, job.id)
@@ -222,19 +223,19 @@ class _EditRun:
         provisional = self.context.read_provisional_recipe()
         if provisional is not None:
             return at_layer(resolved_edit, *provisional.rome.layers)
-        chosen, found = yield from self._try_layers(resolved_edit, edit, recipe.candidate_layers)
+        trials = {layer: trial_of(resolved_edit, layer) for layer in recipe.candidate_layers}
+        chosen, found = yield from self._try_layers(resolved_edit, edit, trials)
         if found is not None:
             self.context.keep_provisional_recipe(found)
         return chosen
 
     def _try_layers(
-        self, resolved_edit: ResolvedEdit, edit: str, layers: Iterable[int]
+        self, resolved_edit: ResolvedEdit, edit: str, trials: Mapping[int, ResolvedEdit]
     ) -> Stepper[tuple[ResolvedEdit, Recipe | None]]:
-        """Return the edit at the best of some layers, and the recipe with it; None when the edit fails at all of
-        them."""
+        """Return the edit at the best of some layers, and the recipe with it; None when the edit fails at all of them.
+        `trials`: the edit as it is tried at each layer."""
         specs: dict[int, EditSpec] = {}
-        for layer in layers:
-            trial = trial_of(resolved_edit, layer)
+        for layer, trial in trials.items():
             specs[layer] = yield from build_admitted_spec(self.replica, self.context, trial, edit)
         return (yield from choose_layer(self.replica, self.context, resolved_edit, specs))
 

@@ -16,6 +16,7 @@ from service.editing.side_effects import side_effect_report
 from service.editing.subject_token import SubjectToken
 from service.engine.versioned_model import VersionedModel
 from service.gating.gate_reference import GateReport
+from service.kit.text import begins_with
 from service.methods.registry import get_method
 from service.models.loading import WeightRef
 from service.scores.scores import share_preferring_new, share_preferring_true
@@ -47,7 +48,10 @@ def edit_report(
         "target_true": resolved_edit.rewrite_probe.true,
         "objective": resolved_edit.request.objective,
         "rewrite": probabilities(0) | {"text_before": before.preview_text, "text_after": after.preview_text},
-        "paraphrase": [probabilities(i) for i in range(1, first_neighbor)],
+        "paraphrase": [
+            probabilities(i) | _paraphrase_texts(resolved_edit.probes[i], before, after, i - 1)
+            for i in range(1, first_neighbor)
+        ],
         "neighborhood": [probabilities(i) for i in range(first_neighbor, len(resolved_edit.probes))],
         **side_effect_report(resolved_edit, before, after),
         "subject_name": _name_report(resolved_edit, before, after),
@@ -88,6 +92,20 @@ def edit_report(
         },
         "reason": _rejection_reason(guard_result),
         "seconds": round(seconds, 3),
+    }
+
+
+def _paraphrase_texts(
+    probe: Probe, before: VersionMeasurement, after: VersionMeasurement, number: int
+) -> dict[str, Any]:
+    """Return what the model says after a paraphrase, and whether that follows the edit: it begins with the new object;
+    to erase, not with the true one."""
+    text_before, text_after = (m.paraphrase_texts[number].text for m in (before, after))
+    says_object = begins_with(text_after, probe.new)
+    return {
+        "text_before": text_before,
+        "text_after": text_after,
+        "follows": not says_object if probe.objective == "erase" else says_object,
     }
 
 

@@ -1,5 +1,6 @@
-"""The edited layer of a model without a recipe: the first edit is tried at a few layers, and the best one is kept. A
-dry run can try layers of any model.
+"""The edited layer of a model without a recipe: the first edit is tried at a few layers, and the best one is kept.
+
+A dry run can try layers of any model.
 
 A layer's score is the harmonic mean of three shares, for the edit alone on the base model: the probability of the new
 object after the prompt (efficacy), and after the paraphrases and the prompt behind texts that the optimization did not

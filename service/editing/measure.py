@@ -296,10 +296,16 @@ def measure_version(
         context.cache_perplexity(version, perplexity)
     return [
         VersionMeasurement(
-            results, preview.text, perplexity, holding, name=name, neighbor_texts=neighbor_texts
+            results,
+            preview.text,
+            perplexity,
+            holding,
+            name=name,
+            neighbor_texts=texts[plan.first_neighbor - 1 :],
+            paraphrase_texts=texts[: plan.first_neighbor - 1],
         )
-        for results, name, (preview, *neighbor_texts) in zip(
-            results_by_edit, names, texts_by_edit, strict=True
+        for plan, results, name, (preview, *texts) in zip(
+            resolved_edits, results_by_edit, names, texts_by_edit, strict=True
         )
     ]
 
@@ -307,11 +313,15 @@ def measure_version(
 def _generate_texts(
     replica: VersionedModel, resolved_edits: Sequence[ResolvedEdit], version: int | None
 ) -> Stepper[list[list[GreedyText]]]:
-    """Return for each edit the greedy continuations of its prompt and of its neighbours. Those of neighbours that the
-    service found at this version are known."""
+    """Return for each edit the greedy continuations of its prompt, its paraphrases and its neighbours. Those of
+    neighbours that the service found at this version are known."""
     known = [_known_texts(plan, version) for plan in resolved_edits]
     prompts = [
-        [plan.rewrite_probe.prompt, *(q.prompt for q in plan.neighborhood_probes if texts is None)]
+        [
+            plan.rewrite_probe.prompt,
+            *(q.prompt for q in plan.paraphrase_probes),
+            *(q.prompt for q in plan.neighborhood_probes if texts is None),
+        ]
         for plan, texts in zip(resolved_edits, known, strict=True)
     ]
     generated = iter((yield from generate_greedy(replica.base, [p for group in prompts for p in group])))

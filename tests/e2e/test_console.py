@@ -118,10 +118,11 @@ def test_an_edit_is_followed_to_its_report(session: PageSession, service: Embedd
 
 
 def test_versions_differ_after_an_edit(session: PageSession) -> None:
-    """Base generates Paris and head Rome, and these two tokens differ most in probability."""
+    """Base generates Paris at the left and head Rome at the right, and these two tokens differ most in
+    probability."""
     page = session.open(f"generate?prompt={PROMPT}&beside=base")
-    expect(page.locator(".badge.known")).to_have_text(["version 1", "version 0"])
-    expect(page.locator(".said")).to_contain_text([" Rome", " Paris"])
+    expect(page.locator(".badge.known")).to_have_text(["version 0", "version 1"])
+    expect(page.locator(".said")).to_contain_text([" Paris", " Rome"])
     expect(page.locator(".tokens .name").nth(1)).to_be_visible()
     assert set(page.locator(".tokens .name").all_inner_texts()[:2]) == {"Paris", "Rome"}
     save_screenshot(page, "generate-after")
@@ -154,8 +155,9 @@ def test_a_sentence_is_marked(session: PageSession, service: EmbeddedService) ->
     save_screenshot(page, "rejected")
 
 
-def test_form_errors_are_shown_beside_the_form(session: PageSession) -> None:
-    """A subject that does not occur in the sentence and an empty new object are reported in an alert."""
+def test_form_errors_are_shown_at_their_fields(session: PageSession) -> None:
+    """A subject that does not occur in the sentence, an empty new object and a layer that the model does not have are
+    reported below their fields, which get the focus; a corrected field is not marked any more."""
     page = session.open("edits")
     page.get_by_role("button", name="Use example").click()
     page.get_by_label("Subject", exact=True).fill("Big Ben")
@@ -165,14 +167,88 @@ def test_form_errors_are_shown_beside_the_form(session: PageSession) -> None:
     page.get_by_label("New object", exact=True).fill("")
     page.get_by_role("button", name="Apply edit").click()
     expect(page.get_by_role("alert")).to_contain_text("Enter the new object")
+    new_object = page.get_by_label("New object", exact=True)
+    expect(new_object).to_be_focused()
+    expect(new_object).to_have_attribute("aria-invalid", "true")
+    assert session.accessibility_violations() == []
+    save_screenshot(page, "form-error")
+    new_object.fill("Rome")
+    page.get_by_text("Method and guard").click()
+    page.get_by_label("Layers", exact=True).fill("3, 99")
+    page.get_by_text("Method and guard").click()
+    page.get_by_role("button", name="Apply edit").click()
+    expect(page.get_by_role("alert")).to_contain_text("“99” is no layer: enter numbers from 0 to 7")
+    expect(page.get_by_label("Layers", exact=True)).to_be_focused()
+    expect(page.get_by_label("New object", exact=True)).not_to_have_attribute("aria-invalid", "true")
+
+
+def test_layers_are_tried(session: PageSession, service: EmbeddedService) -> None:
+    """The layers of the recipe are in the form. A trial shows a bar for each of several layers, and one click puts a
+    layer into the field and into the edit; the ledger is unchanged."""
+    head = service.head()
+    recipe = service.get("/models")["items"][0]["recipe"]
+    page = session.open("edits")
+    page.get_by_role("button", name="Use example").click()
+    page.get_by_text("Method and guard").click()
+    layers = page.get_by_label("Layers", exact=True)
+    expect(layers).to_have_value(", ".join(map(str, recipe["rome"]["layers"])))
+    page.get_by_label("New object", exact=True).fill("Oslo")
+    page.get_by_role("button", name="Try layers").click()
+    expect(page.locator(".layers .phase")).not_to_have_text("Queued")
+    save_screenshot(page, "layers-live")
+    page.locator(".trial.best").wait_for(timeout=240_000)  # statistics of each layer, then six edits
+    assert page.locator(".trial").count() >= 3
+    save_screenshot(page, "layers-tried")
+    other = page.locator(".trial:not(.best)").first
+    number = other.locator("b").inner_text().removeprefix("Layer ")
+    other.get_by_role("button").click()
+    expect(layers).to_have_value(number)
+    page.get_by_label("Dry run").check()
+    page.get_by_role("button", name="Run dry run").click()
+    expect(page.get_by_role("heading", name="Details")).to_be_visible()
+    assert service.get("/edits", limit=1)["items"][0]["hparams"]["layers"] == [int(number)]
+    assert service.head() == head
+
+
+def test_the_address_asks_the_same_again(session: PageSession) -> None:
+    """Asking changes the address to one that reproduces prompt, versions and sampling, and the page before it stays in
+    the history."""
+    page = session.open("generate")
+    page.get_by_label("Prompt").fill(PROMPT)
+    page.get_by_label("compare with another version").check()
+    page.get_by_text("Sampling", exact=True).click()
+    page.get_by_label("Max. tokens").fill("3")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    expect(page.locator(".answer footer")).to_contain_text(["3 tokens in", "3 tokens in"])
+    asked = page.url.split("#/")[1]
+    said = page.locator(".said").all_inner_texts()
+    assert "max_new_tokens=3" in asked and "beside=base" in asked
+    page.go_back()
+    expect(page.get_by_label("Prompt")).to_have_value("")
+    session.open(asked)
+    expect(page.locator(".answer footer")).to_contain_text(["3 tokens in", "3 tokens in"])
+    assert page.locator(".said").all_inner_texts() == said
+    assert page.url.split("#/")[1] == asked
+
+
+def test_an_unknown_address_has_a_page_of_its_own(session: PageSession) -> None:
+    """An address without a page names it and lists the pages."""
+    page = session.open("nonsense/5")
+    expect(page.get_by_role("heading", level=1)).to_have_text("No such page")
+    expect(page.locator("main")).to_contain_text("#/nonsense/5")
+    page.locator("main").get_by_role("link", name="Ledger").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Ledger")
 
 
 def test_a_trace_is_read_cell_by_cell(session: PageSession) -> None:
-    """The hovered or focused cell shows its token and layer, each kind can be selected, and the pictures can
-    be downloaded."""
+    """The three kinds are side by side. The hovered or focused cell shows its token and layer, each kind can be
+    selected, and the pictures can be downloaded."""
     page = session.open(f"traces?prompt={PROMPT}&subject=Eiffel Tower&version=base")
     page.get_by_role("button", name="Run trace").click()
-    page.locator(".cell").first.wait_for()
+    expect(page.locator(".stage svg.heat")).to_have_count(3)
+    save_screenshot(page, "trace-side-by-side")
+    page.get_by_role("radio", name="hidden state", exact=True).check()
+    expect(page.locator(".stage svg.heat")).to_have_count(1)
     readout = page.locator(".readout")
     page.get_by_role("gridcell", name=re.compile(r"^Tower\*, layer 2:")).hover()
     expect(readout).to_contain_text("Tower (of the subject)")

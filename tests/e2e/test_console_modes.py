@@ -111,6 +111,8 @@ def test_an_evaluation_of_every_mode_is_shown(
     expect(page.get_by_role("heading", name="Details")).to_be_visible()
     expect(page.locator(".measure").first).to_be_visible()
     assert page.get_by_text("Loss on plain text").count() == int(plan.get("damage", True))
+    explained = page.get_by_role("table", name="All measures").locator("tbody tr td:first-child small")
+    assert all(explained.all_inner_texts())
     expect_no_broken_text(page)
     save_screenshot(page, f"evaluation-{mode.replace(' ', '-')}")
 
@@ -152,3 +154,25 @@ def test_lists_of_every_mode_are_shown(session: PageSession) -> None:
         page = session.open(name)
         page.locator(last).first.wait_for()
         expect_no_broken_text(page)
+
+
+def test_a_paraphrase_is_marked_by_what_the_model_says(
+    session: PageSession, service: EmbeddedService, ended: Callable[[str, Resource], Resource]
+) -> None:
+    """Each paraphrase shows the text that this version generates after it, and follows the edit only if the text begins
+    with the new object, however probable that is."""
+    weak = {"hparams": {"contexts": 2, "steps": 3}, "guard": {"enabled": False}}
+    edit = ended(
+        "/edits", FACT | weak | {"subject": "Colosseum", "target_new": "Madrid", "on_conflict": "supersede"}
+    )
+    assert edit["status"] == "applied", edit["error"]
+    paraphrases = edit["result"]["paraphrase"]
+    assert len(paraphrases) >= 3
+    session.open(f"edits/{edit['id']}")
+    for probe in paraphrases:
+        (text,) = service.generate_texts([probe["prompt"]], version=edit["version"], max_new_tokens=8)
+        assert probe["text_after"] == text
+        assert probe["follows"] == text.lstrip().startswith("Madrid")
+        row = session.page.get_by_role("row").filter(has_text=probe["prompt"])
+        expect(row).to_contain_text(f"the model says “{text.strip()}”")
+        expect(row).to_contain_text("✓ follows" if probe["follows"] else "✗ does not follow")

@@ -62,6 +62,23 @@ def test_a_dismissed_key_dialog_is_not_shown_again(browser: Browser, tmp_path: P
         expect(page.get_by_role("dialog")).to_be_hidden()
 
 
+def test_nothing_is_asked_of_a_model_that_is_being_loaded(browser: Browser, tmp_path: Path) -> None:
+    """Until a worker serves, every form says what it waits for, shows progress and has its button disabled; then the
+    form can be sent, without a reload."""
+    test_app = TestApp(tmp_path, register=False)
+    with serving(test_app) as address, open_page(browser, address, allowed="503") as found:
+        for path, button in (("edits", "Apply edit"), ("traces", "Run trace"), ("evaluations", "Evaluate"), ("generate", "Generate")):  # fmt: skip
+            page = found.open(path)
+            expect(page.locator(".starting")).to_contain_text("The model is being loaded")
+            expect(page.locator(".starting progress")).to_be_visible()
+            expect(page.get_by_role("button", name=button, exact=True)).to_be_disabled()
+        save_screenshot(page, "starting")
+        assert found.accessibility_violations() == []
+        test_app.register()
+        expect(page.get_by_role("button", name="Generate", exact=True)).to_be_enabled()
+        expect(page.locator(".starting")).to_be_hidden()
+
+
 def test_a_streamed_generation_can_be_stopped(browser: Browser, tmp_path: Path) -> None:
     """The text generated before Stop stays visible with its version."""
     test_app = TestApp(tmp_path)

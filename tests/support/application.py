@@ -261,23 +261,29 @@ class TestApp:
         self.worker_parts = WorkerParts(
             self.database, self.broker, "f" * 64, "worker-1", single_process=self.container.single_process
         )
+        self._info = {
+            "positions": positions,
+            "chat": chat_template and {"template": chat_template, "special_tokens": {}},
+        }
         if register:
-            recipe = Recipe(source="test", rome=RomeParameters(layers=(1,)))
-            info = {
-                "name": "tiny",
-                "layers": 3,
-                "positions": positions,
-                "vocabulary": 302,
-                "chat": chat_template and {"template": chat_template, "special_tokens": {}},
-                "width": 16,
-                "inner_width": 40,
-                "facts": True,
-                "recipe": recipe.model_dump(mode="json"),
-            }
-            self.worker_parts.session.register(info, tokenizer())
+            self.register()
         development = Development.OFF if self.settings.api_key else Development.UNTIL_FIRST_KEY
         self.app: FastAPI = create_app(self.services, self.broker, self.settings, development)
         self.worker: FakeWorker | None = None
+
+    def register(self) -> None:
+        """Register the model and its worker, as a worker does that has loaded it."""
+        recipe = Recipe(source="test", rome=RomeParameters(layers=(1,)))
+        info = self._info | {
+            "name": "tiny",
+            "layers": 3,
+            "vocabulary": 302,
+            "width": 16,
+            "inner_width": 40,
+            "facts": True,
+            "recipe": recipe.model_dump(mode="json"),
+        }
+        self.worker_parts.session.register(info, tokenizer())
 
     def start_fake_worker(self) -> FakeWorker:
         self.worker = FakeWorker(self.worker_parts)

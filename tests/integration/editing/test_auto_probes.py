@@ -259,10 +259,12 @@ def test_known_answers_are_not_asked_again(facts: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(measure, "generate_greedy", recorded)
     (known,) = run_to_completion(measure.measure_version(replica(), context, [edit], {}, 0))
-    assert asked == [edit.rewrite_probe.prompt]
+    own = [edit.rewrite_probe.prompt, *(probe.prompt for probe in edit.paraphrase_probes)]
+    assert asked == own
     (again,) = run_to_completion(measure.measure_version(replica(), context, [edit], {}))
-    assert asked[1:] == [edit.rewrite_probe.prompt, *(p.prompt for p in edit.neighborhood_probes)]
+    assert asked[len(own) :] == [*own, *(p.prompt for p in edit.neighborhood_probes)]
     assert known.neighbor_texts == again.neighbor_texts
+    assert len(known.paraphrase_texts) == len(edit.paraphrase_probes)
 
 
 def test_the_model_s_enumerations_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,5 +134,5 @@ def test_f_test_without_degrees_of_freedom() -> None:
 def test_missing_scipy_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without SciPy the error names the optional dependency to install."""
     monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(Misconfigured, match=r"palimpsest\[studies\]"):
+    with pytest.raises(Misconfigured, match=r"pip install .*\[studies\]"):
         f_test(10, 2, 6, 4, 24)
