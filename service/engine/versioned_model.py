@@ -346,7 +346,7 @@ class VersionedModel:
             return patch
         active = yield from self._read_updates(edits)
         patch = yield from self.compose_patch_in_steps(a for group in active.values() for a in group)
-        not_gated = {edit for edit, group in active.items() if any(gate_of(u) is None for u in group)}
+        not_gated = {edit for edit, group in active.items() if not all(map(_is_gated, group))}
         self._active[version] = _ActiveEdits(frozenset(active), frozenset(not_gated))
         return patch
 
@@ -366,7 +366,7 @@ class VersionedModel:
             return None
         groups = yield from self._read_updates(added)
         updates = [u for group in groups.values() for u in group]
-        if any(gate_of(u) is None for u in updates):
+        if not all(map(_is_gated, updates)):
             return None
         rows = yield from self._rows_by_place(updates)
         gated: dict[Place, GatedRows] = {p.place: p.rows for p in patch.gated}
@@ -463,6 +463,10 @@ class VersionedModel:
     def step_with_patch(self, patch: PatchSet, steps: Stepper[T]) -> Stepper[T]:
         """Run the same steps with these patches in place during each of them, and the base model in between."""
         return step_within(steps, lambda: self.use_patch(patch))
+
+
+def _is_gated(update: EditUpdate) -> bool:
+    return isinstance(update, Association) and update.gate is not None
 
 
 class _ComposedWeights:
