@@ -107,6 +107,7 @@ class Edit(Job):
     objective: str = "write"
     on_conflict: str = "report"
     method: str = ""
+    form: str | None = None
     hparams: Json | None = None
     dry_run: bool = False
     version: int | None = None  #: the version that the edit created

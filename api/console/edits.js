@@ -116,6 +116,13 @@ function form(query, signal) {
     h("option", { value: "space" }, "a space"),
     h("option", { value: "none" }, "nothing"),
   );
+  const form = h(
+    "select",
+    { name: "form" },
+    h("option", { value: "" }, "default of the service or the recipe"),
+    h("option", { value: "weights" }, "in the weights"),
+    h("option", { value: "gated" }, "gated: looked up where the subject stands"),
+  );
   const limits = guardFields();
   const layers = layerFields(signal, { methodName: () => method.value, request: () => asked({ forTrial: true }) });
   method.addEventListener("change", () => layers.refill());
@@ -160,6 +167,7 @@ function form(query, signal) {
           "div",
           { class: "grid two" },
           field("Method", method),
+          field("Form", form),
           field("If it conflicts with an active edit", conflict),
           field("Between sentence and object", separator),
         ),
@@ -195,6 +203,7 @@ function form(query, signal) {
     probes.value = request.probes ?? "auto";
     limits.value = request.guard ?? {};
     separator.value = request.separator ?? "";
+    form.value = request.form ?? "";
     layers.value = request.layers ?? "";
     if (request.method) method.value = request.method;
     if (request.objective) objective.value = request.objective;
@@ -245,6 +254,7 @@ function form(query, signal) {
       ...(writes ? { target_new: fresh.value.trim() } : {}),
       ...(old.value.trim() ? { target_true: old.value.trim() } : {}),
       ...(separator.value ? { separator: SEPARATORS[separator.value] } : {}),
+      ...(form.value ? { form: form.value } : {}),
       ...(method.value ? { method: method.value } : {}),
       ...(named ? { hparams: { layers: named } } : {}),
       on_conflict: conflict.value,
@@ -264,7 +274,7 @@ function form(query, signal) {
 /** Return the initial values of the form from the query of the address. */
 function given(query) {
   const request = Object.fromEntries(
-    ["prompt", "subject", "target_new", "target_true", "separator", "objective", "method", "layers"].map((name) => [
+    ["prompt", "subject", "target_new", "target_true", "separator", "form", "objective", "method", "layers"].map((name) => [
       name,
       query.get(name),
     ]),

@@ -194,6 +194,7 @@ export function formOf(edit) {
     subject,
     target_new,
     target_true,
+    form: edit.form,
     separator: Object.keys(SEPARATORS).find((name) => SEPARATORS[name] === edit.separator),
     objective,
     method,

@@ -42,7 +42,6 @@ from service.weights.factors import (
     CodebookEntry,
     EditUpdate,
     deserialize_updates,
-    gate_of,
     weight_updates,
 )
 from service.weights.gate_space import GateSpace, deserialize_gate_space

@@ -113,6 +113,7 @@ def _serialize_edit(job: Job, related: list[str], superseded_by: str | None) -> 
         "target_new",
         "target_true",
         "separator",
+        "form",
         "method",
         "hparams",
         "probes",

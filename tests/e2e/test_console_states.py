@@ -132,6 +132,25 @@ def test_the_separator_of_an_edit_is_chosen(
         assert edit["separator"] == separator
 
 
+@pytest.mark.parametrize("form", ["gated", None])
+def test_the_form_of_an_edit_is_chosen(browser: Browser, tmp_path: Path, form: str | None) -> None:
+    """The field of the edit form says whether the edit is gated; left alone, the service decides. The form of a similar
+    edit has the same value."""
+    test_app = TestApp(tmp_path)
+    test_app.start_fake_worker()
+    with serving(test_app) as address, open_page(browser, address) as found:
+        page = found.open("edits")
+        page.get_by_role("button", name="Use example").click()
+        page.get_by_text("Method and guard").click()
+        field = page.get_by_label("Form", exact=True)
+        field.select_option(form or "")
+        page.get_by_role("button", name="Apply edit").click()
+        page.get_by_role("link", name="Similar edit").click()
+        expect(field).to_have_value(form or "")
+        (edit,) = httpx.get(f"{address}/edits", timeout=60).json()["items"]
+        assert edit["form"] == form
+
+
 def test_a_fact_is_edited_and_traced_in_a_chat(browser: Browser, tmp_path: Path) -> None:
     """The forms send a sentence as a message of the user with the beginning of an answer; the report shows the message
     of the subject, and its links fill the forms with the conversation again."""
