@@ -59,14 +59,18 @@ def service_for_page(page: str, shared_service: EmbeddedService, folder: Path) -
         data = copy_statistics(shared_service.data / "statistics", folder / "data")
         model = model_of_quick_edits(folder) if QUICK_EDITS in text else None
         service = EmbeddedService(data, model=model)
-        wait_for_statistics(service)
-        yield service
-        service.stop()
+        try:
+            wait_for_statistics(service)
+            yield service
+        finally:
+            service.stop()
         return
-    yield shared_service
-    for edit in shared_service.list_all("/edits"):
-        if edit["status"] in ("applied", "queued", "running"):
-            shared_service.revert(edit)
+    try:
+        yield shared_service
+    finally:
+        for edit in shared_service.list_all("/edits"):
+            if edit["status"] in ("applied", "queued", "running"):
+                shared_service.revert(edit)
 
 
 RUNNABLE_PAGES = [
