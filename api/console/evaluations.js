@@ -181,7 +181,8 @@ function form(signal) {
       errorBox,
       h("div", { class: "actions" }, send),
     ),
-  );  disableUntilServing(send, element, "evaluate", signal);
+  );
+  disableUntilServing(send, element, "evaluate", signal);
   return element;
 }
 

@@ -164,7 +164,8 @@ function form(query, signal) {
         h("button", { type: "button", on: { click: () => (chat.clear(), take(EXAMPLE)) } }, "Use example"),
       ),
     ),
-  );  disableUntilServing(send, element, "trace", signal);
+  );
+  disableUntilServing(send, element, "trace", signal);
   return element;
 }
 

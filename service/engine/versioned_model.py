@@ -42,6 +42,7 @@ from service.weights.factors import (
     CodebookEntry,
     EditUpdate,
     deserialize_updates,
+    gate_of,
     weight_updates,
 )
 from service.weights.gate_space import GateSpace, deserialize_gate_space
@@ -345,7 +346,7 @@ class VersionedModel:
             return patch
         active = yield from self._read_updates(edits)
         patch = yield from self.compose_patch_in_steps(a for group in active.values() for a in group)
-        not_gated = {edit for edit, group in active.items() if not all(map(_is_gated, group))}
+        not_gated = {edit for edit, group in active.items() if None in map(gate_of, group)}
         self._active[version] = _ActiveEdits(frozenset(active), frozenset(not_gated))
         return patch
 
@@ -365,7 +366,7 @@ class VersionedModel:
             return None
         groups = yield from self._read_updates(added)
         updates = [u for group in groups.values() for u in group]
-        if not all(map(_is_gated, updates)):
+        if None in map(gate_of, updates):
             return None
         rows = yield from self._rows_by_place(updates)
         gated: dict[Place, GatedRows] = {p.place: p.rows for p in patch.gated}
@@ -462,10 +463,6 @@ class VersionedModel:
     def step_with_patch(self, patch: PatchSet, steps: Stepper[T]) -> Stepper[T]:
         """Run the same steps with these patches in place during each of them, and the base model in between."""
         return step_within(steps, lambda: self.use_patch(patch))
-
-
-def _is_gated(update: EditUpdate) -> bool:
-    return isinstance(update, Association) and update.gate is not None
 
 
 class _ComposedWeights:

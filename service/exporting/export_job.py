@@ -28,7 +28,7 @@ from service.models.memory_estimates import GIB
 from service.patches.patch import PatchSet
 from service.schemas import WorkerExportRequest
 from service.weights.composition import compose_in_steps
-from service.weights.factors import EditUpdate, gate_of, without_gate
+from service.weights.factors import EditUpdate, without_gate
 
 MAX_TEXTS_PER_SOURCE = 64  # texts on which the adapter is verified, of edits and again of plain texts
 MAX_EXPORT_BYTES = GIB  # edited weights that the service stores for download
@@ -69,7 +69,7 @@ def build_manifest(replica: VersionedModel, version: int) -> ExportManifest:
         },
         "version": version,
         "digest": replica.attest_version(version),
-        "solved": _solved_edits(replica, version),
+        "solved": len(replica.patch(version).gated_edits),
         "edits": [
             {
                 "id": edit,
@@ -85,12 +85,6 @@ def build_manifest(replica: VersionedModel, version: int) -> ExportManifest:
             for edit, body in replica.ledger.active_at(version)
         ],
     }
-
-
-def _solved_edits(replica: VersionedModel, version: int) -> int:
-    """Return the number of gated edits at a version, which an export of weights solves."""
-    active = replica.active_updates(version)
-    return sum(any(gate_of(u) is not None for u in updates) for updates in active.values())
 
 
 def _check_weights_hold(patch: PatchSet, solve_gated: bool) -> None:

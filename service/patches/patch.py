@@ -70,6 +70,11 @@ class PatchSet:
         return (*([self.dense] if self.dense is not None else []), *self.codebooks)
 
     @property
+    def gated_edits(self) -> frozenset[str]:
+        """The ids of the gated edits."""
+        return frozenset(row.edit for p in self.gated for row in p.rows.rows)
+
+    @property
     def nbytes(self) -> int:
         return sum(p.nbytes for p in self.patches)
 
@@ -100,17 +105,16 @@ BASE = PatchSet()
 def apply_to_batch(model: LoadedModel, patch_sets: Sequence[PatchSet]) -> Iterator[None]:
     """Put the patches of a batch in place: one set for each sequence, all with the same shared patches. A layer with
     gated rows has one hook, in which each sequence has the rows of its own version alone."""
-    (shared,) = {p.shared for p in patch_sets}
+    (_,) = {p.shared for p in patch_sets}  # raises if they differ
+    first = patch_sets[0]
     by_place = [{patch.place: patch for patch in p.gated} for p in patch_sets]
     with ExitStack() as stack:
-        for patch in shared:
-            if isinstance(patch, DensePatch):
-                stack.enter_context(patch.apply(model))
+        if first.dense is not None:
+            stack.enter_context(first.dense.apply(model))
         for place in sorted({place for places in by_place for place in places}):
             stack.enter_context(apply_to_sequences(model, [places.get(place) for places in by_place]))
-        for patch in shared:
-            if isinstance(patch, CodebookPatch):
-                stack.enter_context(patch.apply(model))
+        for codebook in first.codebooks:
+            stack.enter_context(codebook.apply(model))
         yield
 
 

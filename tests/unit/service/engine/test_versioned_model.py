@@ -393,14 +393,7 @@ def test_a_gated_edit_costs_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
     replica = VersionedModel(tiny(), ledger)
     active = [1, 2, *range(GATED, GATED + 30)]
     before = replica.patch(ledger.add_version(active))
-    computed: list[str] = []
-    new_row = new_gated_row
-
-    def count(association: Association) -> Any:
-        computed.append(association.edit)
-        return new_row(association)
-
-    monkeypatch.setattr(gate_table, "new_gated_row", count)
+    computed = record_computed_rows(monkeypatch)
     monkeypatch.setattr(versioned_model, "compose_in_steps", None)
     applied = replica.patch(ledger.add_version([*active, GATED + 40]))
     assert computed == [f"edit_{GATED + 40}"]
@@ -475,17 +468,22 @@ def test_gated_rows_of_evicted_versions_are_released() -> None:
     assert len(nbytes) == 2 and replica._cached_bytes() == sum(nbytes)
 
 
+def record_computed_rows(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list to which the id of an edit is added when its gated row is computed."""
+    computed: list[str] = []
+
+    def record(association: Association) -> Any:
+        computed.append(association.edit)
+        return new_gated_row(association)
+
+    monkeypatch.setattr(gate_table, "new_gated_row", record)
+    return computed
+
+
 def test_building_rows_is_divided_into_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """No step of a build computes more than ROWS_PER_STEP rows."""
     monkeypatch.setattr(versioned_model, "ROWS_PER_STEP", 4)
-    computed: list[str] = []
-    new_row = new_gated_row
-
-    def count(association: Association) -> Any:
-        computed.append(association.edit)
-        return new_row(association)
-
-    monkeypatch.setattr(gate_table, "new_gated_row", count)
+    computed = record_computed_rows(monkeypatch)
     ledger = FakeLedger()
     replica = VersionedModel(tiny(), ledger)
     steps = replica.patch_in_steps(ledger.add_version([*range(GATED, GATED + 20)]))
