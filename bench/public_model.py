@@ -363,6 +363,8 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=Path("runs/public_model"))
     p.add_argument("--half", choices=("odd", "even"), default="odd")
     p.add_argument("--facts", type=int, default=1000, help="maximum number of facts")
+    p.add_argument("--skip", type=int, default=0, help="leave out the first facts; needs an --out of its own")
+    p.add_argument("--only-active", action="store_true", help="do not measure each edit alone")
     p.add_argument(
         "--active", type=int, nargs="*", default=[], help="numbers of edits that are active together"
     )
@@ -375,10 +377,10 @@ def main() -> None:
     experiment = PublicModelExperiment(args)
     records = [r for source in args.records for r in read_records(source, 0)]
     known = experiment.known_records(records)
-    chosen = known[args.half == "odd" :: 2][: args.facts]
+    chosen = known[args.half == "odd" :: 2][args.skip :][: args.facts]
     console.print(f"{len(records)} facts, {len(known)} known, {len(chosen)} measured")
     others = known[args.half == "even" :: 2][:OTHER_STATEMENTS]
-    results = {"each alone": run_single(experiment, chosen[: args.measured])}
+    results = {} if args.only_active else {"each alone": run_single(experiment, chosen[: args.measured])}
     for count in sorted({min(c, len(chosen)) for c in args.active}):
         results[f"{count} active"] = run_active(experiment, chosen, count, args.measured, others)
     print_table(results)

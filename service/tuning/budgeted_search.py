@@ -41,7 +41,8 @@ log = logging.getLogger(__name__)
 
 #: what only a search without a time budget tries
 UNBUDGETED = (
-    "ranges of layers, weight decay, the texts of the key, the ridge, margins for many edits, other methods"
+    "ranges of layers, weight decay, the texts of the key, the ridge, margins for many edits, the form of edits, "
+    "other methods"
 )
 OnRung = Callable[[Race], None]
 

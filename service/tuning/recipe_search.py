@@ -23,6 +23,7 @@ from service.models.loading import LoadedModel
 from service.recipes.default import CHAT_VALUES
 from service.recipes.recipe import Recipe
 from service.tuning import search_space
+from service.tuning.form_search import FormSearch
 from service.tuning.objective import Candidate, SearchContext, evaluate_candidate
 from service.tuning.search_space import JsonDict, Stage, candidate_layers, layer_ranges_around
 from service.tuning.strength_search import MarginSearch
@@ -57,8 +58,8 @@ def tune_recipe(
 ) -> Stepper[TuningResult]:
     """Search a recipe on records that the model knows.
 
-    With `batch_records` the search includes the margins that edits need when many of them are active. `methods` are
-    tuned besides "rome". Plain statements that state an edited fact are not used.
+    With `batch_records` the search includes the margins that edits need when many of them are active, and the form of
+    the edits. `methods` are tuned besides "rome". Plain statements that state an edited fact are not used.
     """
     search = build_search_context(
         model,
@@ -72,10 +73,13 @@ def tune_recipe(
     best, history = yield from search_rome_values(search, on_candidate)
     chosen = next(c for c in history if c.hparams == best)
     chosen_by_count: list[Candidate] = []
+    forms: list[Candidate] = []
     if batch_records:
         margin_search = MarginSearch(search, best, batch_records, on_candidate)
-        best, chosen_by_count = yield from margin_search.execute()
-        history += margin_search.history
+        margins, chosen_by_count = yield from margin_search.execute()
+        form_search = FormSearch(search, batch_records, on_candidate)
+        best, forms = yield from form_search.execute(chosen, chosen_by_count[-1], margins)
+        history += margin_search.history + forms
     rome = RomeParameters.model_validate(best)
     search.editor.recipe = Recipe(source="found for rome", rome=rome)
     method_values: dict[str, JsonDict] = {}
@@ -92,6 +96,7 @@ def tune_recipe(
         "corpus": context.corpus.source,
         "chosen": chosen.to_json(),
         "margins": [c.to_json() for c in chosen_by_count],
+        "forms": [c.to_json() for c in forms],
         "methods": method_candidates,
     }
     source = f"palimpsest tune, on {len(records)} facts that the model knows"

@@ -29,6 +29,7 @@ class Stage(StrEnum):
     OPTIMIZER = "optimizer"
     RIDGE = "ridge"
     MARGIN = "margin"  #: the required margin when many edits are active
+    FORM = "form"  #: whether edits are written into the weights or gated
 
 
 #: small steps and a wide clamp find small changes, and a few contexts represent what may precede the prompt

@@ -82,7 +82,7 @@ def test_the_recipe_is_written_where_the_worker_loads_it(
     model = load_served_model(Settings(model=str(folder / "model"), data_dir=folder / "data"))
     begins = model.encode("Rome")[0][0] == model.tokenizer.bos_token_id
     assert begins is start
-    assert {h["stage"] for h in said["tried"]} == {"layer", "layer_range", "margin"}
+    assert {h["stage"] for h in said["tried"]} == {"layer", "layer_range", "margin", "form"}
     assert main(command_line(folder)) == 0
     assert "objective" in capsys.readouterr().out
 

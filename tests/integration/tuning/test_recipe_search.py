@@ -14,6 +14,7 @@ from service.datasets.record import Record
 from service.editing.context import EditorContext
 from service.errors import InvalidInput
 from service.kit.steps import run_to_completion
+from service.methods.parameters import RomeParameters
 from service.methods.registry import METHODS
 from service.models.loading import LoadedModel, load_model, with_bos
 from service.recipes.recipe import parse_recipe, resolve_hparams
@@ -135,18 +136,25 @@ def test_greatest_margin_within_the_limit_is_chosen_for_each_number_of_edits(
     limit = sorted(increases.values())[len(increases) // 2]  # some margins are within it and some are not
     monkeypatch.setattr(search_space, "MAX_LOSS_INCREASE", limit)
     found = tune(tiny(), measured, batch_records=records())
-    assert found.recipe.rome.strengths == search_space.STRENGTH_GRID
-    for fullness, margin in found.recipe.rome.required_margins:
+    in_weights = weights_values(found)
+    assert in_weights.strengths == search_space.STRENGTH_GRID
+    for fullness, margin in in_weights.required_margins:
         tried = loss_increase_by_margin(found, round(fullness * width))
         within = [x for x, increase in tried.items() if increase <= limit]
         assert margin == (max(within) if within else TEST_MARGIN_GRID[0])
         assert all(x > margin for x in tried.keys() - set(within) - {margin})
     assert found.recipe.figures is not None
     margins = [(c["edits"] / width, margin_of(c["hparams"])) for c in found.recipe.figures["margins"]]
-    assert margins == list(found.recipe.rome.required_margins)
-    assert found.recipe.rome.margin == min(
-        search_space.FULL_STRENGTH_MARGIN, *(margin for _, margin in found.recipe.rome.required_margins)
+    assert margins == list(in_weights.required_margins)
+    assert in_weights.margin == min(
+        search_space.FULL_STRENGTH_MARGIN, *(margin for _, margin in in_weights.required_margins)
     )
+
+
+def weights_values(found: TuningResult) -> RomeParameters:
+    """Return the hyperparameters that were found for many edits in the weights."""
+    assert found.recipe.figures is not None
+    return RomeParameters.model_validate(found.recipe.figures["forms"][0]["hparams"])
 
 
 def loss_increase_of_each_margin(
@@ -188,11 +196,11 @@ def test_margin_is_clamped_to_the_grid(monkeypatch: pytest.MonkeyPatch, measured
     """
     monkeypatch.setattr(search_space, "MARGIN_GRID", TEST_MARGIN_GRID)
     monkeypatch.setattr(search_space, "MAX_LOSS_INCREASE", -1.0)
-    mildest = tune(tiny(), measured, batch_records=records()).recipe.rome
+    mildest = weights_values(tune(tiny(), measured, batch_records=records()))
     assert [margin for _, margin in mildest.required_margins] == [TEST_MARGIN_GRID[0]] * 3
     assert mildest.clamp == search_space.MAX_CLAMP
     monkeypatch.setattr(search_space, "MAX_LOSS_INCREASE", 1e9)
-    strongest = tune(tiny(), measured, batch_records=records()).recipe.rome
+    strongest = weights_values(tune(tiny(), measured, batch_records=records()))
     assert [margin for _, margin in strongest.required_margins] == [TEST_MARGIN_GRID[-1]]
     assert strongest.margin == search_space.FULL_STRENGTH_MARGIN
 
