@@ -102,6 +102,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_split_flag(parser)
     add("--unique-subjects", action="store_true", help="keep one record of each subject")
     add("--limit", type=positive_int, metavar="N", help="maximum number of records (default: all)")
+    add(
+        "--suites",
+        metavar="NAME,...",
+        help="further questions and measures (docs/evaluation.md#suites), some of "
+        "free,consistency,divergence,negation,prefixes,portability,chat",
+    )
     add("--generation", action="store_true", help="also generate text, for GE and RS (slow)")
     add("--no-damage", action="store_true", help="do not measure loss and drift on unrelated texts")
     add(
@@ -221,7 +227,7 @@ def build_plan(args: argparse.Namespace) -> EvaluationPlan:
 
     names = ("method", "objective", "mode", "search_model", "batch_size", "damage_texts", "seed")
     fields: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    for name in ("checkpoints", "strengths"):
+    for name in ("checkpoints", "strengths", "suites"):
         if raw := getattr(args, name):
             fields[name] = raw.split(",")
     if args.hparam:

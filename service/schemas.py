@@ -6,7 +6,7 @@ The models validate what needs no model; `service/application/validation.py` val
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -488,6 +488,10 @@ class EditListRequest(RequestModel):
     edits: list[EditRequest] = Field(min_length=1, max_length=1000, fail_fast=True)
 
 
+#: suites of an evaluation (`service/evaluation/suites/registry.py`)
+SuiteName = Literal["free", "consistency", "divergence", "negation", "prefixes", "portability", "chat"]
+
+
 class EvaluationPlan(RequestModel):
     """The parameters of an evaluation."""
 
@@ -524,6 +528,13 @@ class EvaluationPlan(RequestModel):
         description="edits computed at once; default: 16, and 1 if they are computed on the edited model",
     )
     generation: bool = Field(False, description="generate text for the scores GE and RS; slow")
+    suites: list[SuiteName] = Field(
+        default=[],
+        max_length=len(get_args(SuiteName)),
+        description="further questions about each record and their measures: what the model says without being shown the answer "
+        "(`free`), whether wordings agree (`consistency`), the change of whole distributions (`divergence`), negated statements "
+        "(`negation`), the edit after other texts (`prefixes`), what follows from it (`portability`), and conversations (`chat`)",
+    )
     damage: bool = Field(True, description="measure loss and drift on damage texts")
     damage_texts: int | None = Field(
         None,

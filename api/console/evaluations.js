@@ -18,7 +18,7 @@ import {
   whileDisabled,
 } from "./components.js";
 import { get, post } from "./service.js";
-import { disableUntilServing, fillMethods, serviceStatus } from "./status.js";
+import { disableUntilServing, fillMethods, onStatus, serviceStatus } from "./status.js";
 
 const MEASURES = {
   ES: "efficacy: the prompt gives the new object",
@@ -131,6 +131,7 @@ function form(signal) {
   const limit = h("input", { type: "number", min: 1, max: 2000, value: 20 });
   const points = h("input", { type: "text", value: "1, 5, 10, 20", spellcheck: "false" });
   const method = fillMethods(h("select", {}), signal);
+  const suites = suiteBoxes(signal);
   const seed = h("input", { type: "number", min: 0, value: 0 });
   const plain = h("input", { type: "number", min: 1, max: 10000, placeholder: "default" });
   const send = h("button", { class: "primary" }, "Evaluate");
@@ -153,6 +154,7 @@ function form(signal) {
       mode: mode.value,
       method: method.value,
       seed: Number(seed.value),
+      ...(suites.chosen().length ? { suites: suites.chosen() } : {}),
       ...(mode.value === "sequence" ? { checkpoints: numbers } : {}),
       ...(plain.value ? { damage_texts: Number(plain.value) } : {}),
     };
@@ -178,12 +180,29 @@ function form(signal) {
         field("Seed", seed, "of the record order"),
         field("Damage texts", plain, "texts for the loss on plain text"),
       ),
+      suites.element,
       errorBox,
       h("div", { class: "actions" }, send),
     ),
   );
   disableUntilServing(send, element, "evaluate", signal);
   return element;
+}
+
+/** A box for each suite that the served model can answer, once it is known. */
+function suiteBoxes(signal) {
+  const boxes = [];
+  const element = h("fieldset", { class: "checks-row" }, h("legend", {}, "Further questions"));
+  onStatus(({ model }) => {
+    if (boxes.length || !model) return;
+    for (const suite of model.suites) {
+      if (suite.needs_chat && !model.chat) continue;
+      const box = h("input", { type: "checkbox", name: "suites", value: suite.name });
+      boxes.push(box);
+      element.append(h("label", { class: "check" }, box, h("span", {}, suite.title)));
+    }
+  }, signal);
+  return { element, chosen: () => boxes.filter((box) => box.checked).map((box) => box.value) };
 }
 
 /** Parse records from a JSON array or from JSON lines. */
@@ -322,7 +341,7 @@ function results(one, result) {
       "section",
       {},
       h("h2", {}, "All measures"),
-      h("p", { class: "note" }, "Means × 100."),
+      h("p", { class: "note" }, "Means × 100; divergences (kl) in nats."),
       figures(result),
     ),
     records(result),
@@ -435,16 +454,19 @@ function figures(result) {
     result.checkpoints?.length > 1
       ? result.checkpoints.map((one) => [`after ${one.edits}`, one.measures])
       : [["after", result.after]];
-  const mean = (found) => (found ? (100 * found.mean).toFixed(1).replace(/\.0$/, "").replace("-", "−") : "–");
+  const explanations = Object.assign({}, EXPLANATIONS, ...(serviceStatus.model?.suites ?? []).map((s) => s.measures));
+  const scaled = (name, mean) => (name.startsWith("kl_") ? figure(mean, 3) : (100 * mean).toFixed(1));
+  const mean = (found, name) =>
+    found ? scaled(name, found.mean).replace(/\.0$/, "").replace("-", "−") : "–";
   return table(
     "All measures",
     [["measure"], ["before", true], ...columns.map(([words]) => [words, true])],
     Object.keys(result.after)
       .filter((name) => result.after[name])
       .map((name) => [
-        [name.replace(/_/g, " "), h("small", {}, EXPLANATIONS[name])],
-        mean(result.before[name]),
-        ...columns.map(([, measures]) => h("b", {}, mean(measures[name]))),
+        [name.replace(/_/g, " "), h("small", {}, explanations[name])],
+        mean(result.before[name], name),
+        ...columns.map(([, measures]) => h("b", {}, mean(measures[name], name))),
       ]),
     { stacks: false },
   );

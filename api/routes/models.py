@@ -72,6 +72,15 @@ class MethodInfo(ResourceModel):
     parameters: list[str] = Field(description="the names that `hparams` may have")
 
 
+class SuiteInfo(ResourceModel):
+    """A suite of an evaluation."""
+
+    name: str
+    title: str
+    measures: dict[str, str] = Field(description="what each measure of the suite is")
+    needs_chat: bool = Field(description="whether it needs a model with a chat template")
+
+
 class ModelResource(ResourceModel):
     """The served model: architecture, editable layers, methods, recipe, newest version and workers."""
 
@@ -81,6 +90,7 @@ class ModelResource(ResourceModel):
     active_edits: int
     chat: bool = Field(description="whether the model has a chat template, which `messages` need")
     methods: list[MethodInfo] = Field(description="the editing methods that `method` of an edit may name")
+    suites: list[SuiteInfo] = Field(description="the suites that `suites` of an evaluation may name")
     jobs: JobCounts
     capacity: LayerCapacity | None = Field(None, description="null until a worker has measured it")
     workers: list[WorkerState] = Field(description="live workers, and for one day those in quarantine")

@@ -13,6 +13,7 @@ from service.application.served_model import CHAT_INFO, get_served_model
 from service.db.database import Database
 from service.db.models import Job, LedgerEntry, Model, Worker, now
 from service.errors import Unavailable
+from service.evaluation.suites.registry import SUITES
 from service.jobs import worker_registry
 from service.jobs.broker import Broker
 from service.jobs.job_kinds import CALL_KINDS, JOB_KINDS, ROLES
@@ -43,6 +44,7 @@ class ModelService:
                 "head": head,
                 "active_edits": session.scalar(select(func.count()).where(*_active_edits_filter(model))),
                 "methods": [method.describe() for method in METHODS.values()],
+                "suites": [suite.describe() for suite in SUITES.values()],
                 "jobs": _job_counts(session, model),
                 "workers": [worker_registry.serialize_worker(worker, head) for worker in worker_rows],
                 "created": ledger.iso_utc(model.created),

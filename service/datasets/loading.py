@@ -1,8 +1,8 @@
 """Records from a file or a list, in any of the supported formats.
 
 A format is recognised by a field that only its rows have: CounterFact, CounterFact in EasyEdit's flat form, zsRE in
-MEND's form, the `facts.jsonl` of a model's folder, the ROME paper's known facts, and records that users write
-themselves. An error names the record and what to change.
+MEND's form, the `facts.jsonl` of a model's folder, the ROME paper's known facts, MQuAKE, RippleEdits, KnowEdit, and
+records that users write themselves. An error names the record and what to change.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from typing import Any
 from service.datasets.counterfact import parse_counterfact, parse_flat_counterfact
 from service.datasets.csv_records import SUFFIXES, read_csv_rows
 from service.datasets.fact_table import build_fact_records
+from service.datasets.know_edit import parse_know_edit
 from service.datasets.known_facts import parse_known_facts
+from service.datasets.mquake import parse_mquake
 from service.datasets.parsing import SKIP_DESCRIPTIONS, Parser, SkipReason, row_parser
 from service.datasets.record import Record
+from service.datasets.ripple_edits import parse_ripple_edits
 from service.datasets.user_records import parse_user_record
 from service.datasets.zsre import parse_zsre
 from service.errors import InvalidInput
@@ -28,6 +31,9 @@ from service.errors import InvalidInput
 class RecordFormat(StrEnum):
     """The supported formats."""
 
+    MQUAKE = "mquake"
+    RIPPLE_EDITS = "ripple_edits"
+    KNOW_EDIT = "know_edit"
     COUNTERFACT = "counterfact"
     COUNTERFACT_FLAT = "counterfact_flat"
     ZSRE = "zsre"
@@ -37,6 +43,9 @@ class RecordFormat(StrEnum):
 
 
 PARSERS: dict[RecordFormat, Parser] = {
+    RecordFormat.MQUAKE: row_parser(parse_mquake),
+    RecordFormat.RIPPLE_EDITS: row_parser(parse_ripple_edits),
+    RecordFormat.KNOW_EDIT: row_parser(parse_know_edit),
     RecordFormat.COUNTERFACT: row_parser(parse_counterfact),
     RecordFormat.COUNTERFACT_FLAT: row_parser(parse_flat_counterfact),
     RecordFormat.ZSRE: row_parser(parse_zsre),
@@ -46,6 +55,9 @@ PARSERS: dict[RecordFormat, Parser] = {
 }
 #: format -> a field that its rows have and rows of the formats below it do not have
 IDENTIFYING_FIELDS = {
+    RecordFormat.MQUAKE: "new_single_hops",
+    RecordFormat.RIPPLE_EDITS: "edit",
+    RecordFormat.KNOW_EDIT: "locality",
     RecordFormat.COUNTERFACT: "requested_rewrite",
     RecordFormat.COUNTERFACT_FLAT: "ground_truth",
     RecordFormat.ZSRE: "src",
@@ -122,6 +134,6 @@ def detect_format(row: Any) -> RecordFormat:
             return record_format
     raise InvalidInput(
         "the format of the first record is unknown: give objects with `subject`, `prompt` and `target_new`, or unchanged "
-        "records of CounterFact, zsRE, known facts or facts.jsonl.",
+        "records of CounterFact, zsRE, MQuAKE, RippleEdits, KnowEdit, known facts or facts.jsonl.",
         "records",
     )

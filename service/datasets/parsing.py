@@ -26,12 +26,16 @@ class SkipReason(StrEnum):
 
     SUBJECT_NOT_IN_PROMPT = "subject_not_in_prompt"
     NO_ALTERNATIVE_OBJECT = "no_alternative_object"
+    SEVERAL_EDITS = "several_edits"
+    UNKNOWN_SUBJECT = "unknown_subject"
 
 
 #: skip reason -> the same for people
 SKIP_DESCRIPTIONS = {
     SkipReason.SUBJECT_NOT_IN_PROMPT: "the prompt does not mention the subject",
     SkipReason.NO_ALTERNATIVE_OBJECT: "the relation has no other object to write",
+    SkipReason.SEVERAL_EDITS: "its questions need several edits at once",
+    SkipReason.UNKNOWN_SUBJECT: "the name of the subject is not in the record and cannot be read from its prompts",
 }
 
 

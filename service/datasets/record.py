@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from service.errors import InvalidInput
 from service.kit.chat_format import Message
@@ -24,6 +24,20 @@ class NeighborProbe(NamedTuple):
 
     prompt: str
     target: str
+
+
+#: what the question of a portability probe is, relative to the edit
+PortabilityKind = Literal["hop", "reverse", "alias", "kept", "logical"]
+PORTABILITY_KINDS: tuple[PortabilityKind, ...] = get_args(PortabilityKind)
+
+
+class PortabilityProbe(NamedTuple):
+    """A question whose answer follows from the edit, or stays true beside it."""
+
+    kind: PortabilityKind
+    prompts: tuple[str, ...]  #: wordings of the question; one right answer is enough
+    targets: tuple[str, ...]  #: names of the right answer with the edit
+    targets_before: tuple[str, ...] = ()  #: the same without it; empty where unknown
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,7 @@ class Record:
     relation: str = ""
     messages: tuple[Message, ...] = ()  #: of a record in a conversation, whose text is `prompt`
     continued: bool = False  #: the last message is continued
+    portability: tuple[PortabilityProbe, ...] = ()
 
     @property
     def statement(self) -> Statement:
@@ -75,6 +90,7 @@ class Record:
             "neighborhood": tuple(text for neighbor in self.neighbours for text in neighbor),
             "attribute_prompts": self.attribute_prompts,
             "generation_prompts": self.generation_prompts,
+            "portability": tuple(prompt for probe in self.portability for prompt in probe.prompts),
         }
 
     @property
@@ -107,7 +123,7 @@ def check_record_fits(record: Record, objective: Objective, encoder: TextEncoder
             if not isinstance(text, RenderedText):  # messages are checked when they are rendered
                 encoder.check_plain(text, field)
     encoder.check(record.text, target_object(record, objective))
-    for prompt in record.prompts:
+    for prompt in (*record.prompts, *record.model_texts["portability"]):
         encoder.check(prompt)
 
 

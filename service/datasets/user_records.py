@@ -17,10 +17,28 @@ from service.datasets.parsing import (
     validate_row,
     with_placeholder,
 )
-from service.datasets.record import NeighborProbe, Record
+from service.datasets.record import NeighborProbe, PortabilityKind, PortabilityProbe, Record
 from service.errors import InvalidInput
 from service.kit.text import PLACEHOLDER
-from service.schemas import ChatProbe, Label, Name, NeighborhoodProbe, Paraphrase, StatedForm
+from service.schemas import (
+    ChatProbe,
+    Label,
+    Name,
+    NeighborhoodProbe,
+    Paraphrase,
+    RequestModel,
+    StatedForm,
+    Text,
+)
+
+
+class PortabilityQuestion(RequestModel):
+    """A question whose answer follows from the edit, or stays true beside it."""
+
+    kind: PortabilityKind
+    prompt: Text
+    target: Name
+    target_before: Name | None = None  #: the answer without the edit
 
 
 class UserRecord(StatedForm):
@@ -33,6 +51,7 @@ class UserRecord(StatedForm):
     generation_prompts: Texts = Field(default_factory=list)
     reference_texts: Texts = Field(default_factory=list)
     relation: Label = ""
+    portability: list[PortabilityQuestion] = Field(default_factory=list, max_length=MAX_TEXTS)
 
 
 def parse_user_record(row: Any, place: int) -> Record:
@@ -55,6 +74,7 @@ def parse_user_record(row: Any, place: int) -> Record:
         user_record.relation,
         tuple(user_record.message_fields()),
         user_record.continue_final_message,
+        tuple(_portability_probe(q, user_record.subject, name) for q in user_record.portability),
     )
     return validate_record(record)
 
@@ -77,6 +97,12 @@ def _prompt_of(user_record: UserRecord) -> str:
 
 def _paraphrase_of(probe: str | ChatProbe, subject: str, name: str) -> str:
     return probe.prompt_text if isinstance(probe, ChatProbe) else fill_if_placeholder(probe, subject, name)
+
+
+def _portability_probe(question: PortabilityQuestion, subject: str, name: str) -> PortabilityProbe:
+    prompt = fill_if_placeholder(question.prompt, subject, name)
+    before = (question.target_before,) if question.target_before else ()
+    return PortabilityProbe(question.kind, (prompt,), (question.target,), before)
 
 
 def _neighbor_of(probe: NeighborhoodProbe) -> NeighborProbe:

@@ -24,6 +24,7 @@ class StageKind(StrEnum):
     MEASURE = "measure"  #: the scores of records; of single edits, the choice of the strength too
     DAMAGE = "damage"  #: loss and drift on plain texts
     GENERATE = "generate"  #: generated texts
+    ASK = "ask"  #: the questions of suites
 
 
 class ArtifactKind(StrEnum):
@@ -39,6 +40,8 @@ class ArtifactKind(StrEnum):
     DAMAGE = "damage"  #: of an edit or of a number of edits
     TEXTS_BEFORE = "texts-before"  #: of a record on the base model
     TEXTS_AFTER = "texts-after"  #: of a record with edits active
+    ANSWERS_BEFORE = "answers-before"  #: of a batch of records on the base model
+    ANSWERS_AFTER = "answers-after"  #: of a batch of records with edits active
 
     def name_of(self, *numbers: int) -> str:
         """Return the name of the artifact of this kind with these numbers."""

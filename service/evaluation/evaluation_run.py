@@ -21,6 +21,7 @@ from service.evaluation.measuring import (
 )
 from service.evaluation.metrics import Measures, RecordScores, change_scores, split_scores, summarize
 from service.evaluation.strengths import choose_strength_alone
+from service.evaluation.suite_run import SuiteRun
 from service.kit.steps import Phase, Progress, Stepper, report_as
 from service.methods.parameters import RomeParameters
 from service.models.score import TargetScore
@@ -40,6 +41,7 @@ class EvaluationRun:
         self.replica, self.plan, self.records = evaluation.replica, evaluation.plan, evaluation.records
         self.stages = evaluation.stages
         self.base_scores: list[RecordScores] = []
+        self.suites = SuiteRun(evaluation)
         self._tf_idf = TfIdf([t for r in self.records for t in r.reference_texts])
 
     def execute(self) -> Stepper[dict[str, Any]]:
@@ -60,6 +62,7 @@ class EvaluationRun:
         self.base_scores = yield from self._score_records(
             ArtifactKind.SCORES_BEFORE, (), "base", len(self.records), NO_EDITS
         )
+        yield from self.suites.prepare()
         evaluate_mode = self._evaluate_each_alone if self.plan.mode == "single" else self._evaluate_sequence
         results = yield from evaluate_mode()
         return results | self._timing_summary()
@@ -109,7 +112,8 @@ class EvaluationRun:
         record, strength = self.records[i], outcome["strength"]
         scores = RecordScores.from_scores(record, [TargetScore(*s) for s in outcome["scores"]])
         patch = yield from self.replica.compose_patch_in_steps(u.scaled(strength) for u in edit.updates)
-        row = self._result_row(i, scores) | {
+        suite_measures = yield from self.suites.measure_alone(i, patch)
+        row = self._result_row(i, scores, suite_measures) | {
             "strength": strength,
             "norm": relative_weight_changes(self.replica, patch),
         }
@@ -137,6 +141,7 @@ class EvaluationRun:
         )
         tables: list[dict[str, Any]] = []
         scores: list[RecordScores] = []
+        suite_measures: list[Measures] = []
         patch = NO_EDITS
         for count in composition.checkpoints():
             patch = yield from composition.advance_to(count)
@@ -144,8 +149,15 @@ class EvaluationRun:
             scores = yield from self._score_records(
                 ArtifactKind.SCORES_AFTER, (count,), f"{count} edits", count, patch
             )
-            tables.append((yield from self._evaluate_checkpoint(count, patch, previous_scores, scores)))
-        rows = [self._result_row(i, s) | composition.edit_details[i] for i, s in enumerate(scores)]
+            suite_measures = yield from self.suites.measure_first(count, patch)
+            measures = [s.measures() | m for s, m in zip(scores, suite_measures, strict=True)]
+            tables.append(
+                (yield from self._evaluate_checkpoint(count, patch, previous_scores, scores, measures))
+            )
+        rows = [
+            self._result_row(i, s, m) | composition.edit_details[i]
+            for i, (s, m) in enumerate(zip(scores, suite_measures, strict=True))
+        ]
         if self.plan.generation:
             for i, row in enumerate(rows):
                 progress = Progress(Phase.GENERATE, i, len(rows), "continuations")
@@ -165,10 +177,10 @@ class EvaluationRun:
         patch: PatchSet,
         previous_scores: Sequence[RecordScores],
         scores: Sequence[RecordScores],
+        rows: Sequence[Measures],
     ) -> Stepper[dict[str, Any]]:
-        """Return the measures of the model with the first `count` edits active."""
+        """Return the measures of the model with the first `count` edits active. `rows`: the measures of each record."""
         damage = (yield from self._measure_damage(count, patch)) if self.plan.damage else None
-        rows = [s.measures() for s in scores]
         held_before = [i for i, s in enumerate(previous_scores) if s.edit_holds]
         retention = []
         for first in sorted({*RETENTION_AFTER, len(previous_scores)}):
@@ -239,7 +251,7 @@ class EvaluationRun:
                 "RS": self._tf_idf.similarity(texts, record.reference_texts),
             }
 
-    def _result_row(self, i: int, scores: RecordScores) -> dict[str, Any]:
+    def _result_row(self, i: int, scores: RecordScores, suite_measures: Measures) -> dict[str, Any]:
         """Return the row of one record."""
         r = self.records[i]
         return {
@@ -250,8 +262,8 @@ class EvaluationRun:
             "target_true": r.target_true,
             "relation": r.relation,
             "missing_fields": list(r.missing_fields),
-            "before": self.base_scores[i].measures(),
-            "after": scores.measures(),
+            "before": self.base_scores[i].measures() | self.suites.base_measures(i),
+            "after": scores.measures() | suite_measures,
             "changes": self._change_scores(i, scores),
         }
 

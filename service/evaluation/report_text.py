@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from service.evaluation.metrics import CHANGE_SCORES, COMBINED_SCORES, MEASURES
+from service.evaluation.suites.registry import SUITE_MEASURES
 from service.kit.plotting import show_control_characters
 
 Result = dict[str, Any]
@@ -76,8 +77,9 @@ def measure_rows(result: Result) -> list[tuple[Cell, ...]]:
         "S": "harmonic mean of ES, PS, NS",
         "S_accuracy": "harmonic mean of the three accuracies",
         **MEASURES,
+        **SUITE_MEASURES,
     }
-    for name in (*COMBINED_SCORES, *MEASURES):
+    for name in (*COMBINED_SCORES, *MEASURES, *SUITE_MEASURES):
         if estimate := result["after"].get(name):
             figures = (
                 _mean_or_none(result["before"].get(name)),

@@ -282,11 +282,16 @@ def test_an_evaluation_is_plotted(session: PageSession, service: EmbeddedService
     page.get_by_role("radio", name="in sequence").check()
     page.get_by_label("Checkpoints (number of edits)").fill("1, 2")
     page.get_by_label("Damage texts").fill("4")
+    for suite in ("what the model says", "change of whole distributions"):
+        page.get_by_label(suite).check()
     page.get_by_role("button", name="Evaluate").click()
     page.locator(".measure").first.wait_for(timeout=180_000)  # two edits and their measurements
     expect(page.locator(".measure .name b").first).to_have_text("ES")
     assert page.locator(".curve").count() >= 1
     expect(page.get_by_role("table", name="Records").locator("tbody tr")).to_have_count(2)
+    measures = page.get_by_role("table", name="All measures")
+    for words in ("its text after the prompt begins with the new object", "KL after the bare subject"):
+        expect(measures.get_by_text(words).first).to_be_visible()
     assert service.head() == 1  # the ledger is unchanged
     save_screenshot(page, "evaluation")
 

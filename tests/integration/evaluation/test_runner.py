@@ -22,6 +22,7 @@ from service.evaluation import strengths
 from service.evaluation.measuring import generate_texts, texts_without_edited_facts
 from service.evaluation.metrics import PromptScores
 from service.evaluation.runner import run_evaluation
+from service.evaluation.suites.registry import SUITE_MEASURES, SUITES
 from service.kit.steps import Phase, Progress, Stepper, run_to_completion
 from service.kit.text import fill_prompt
 from service.methods.parameters import RomeParameters
@@ -93,8 +94,19 @@ def without_timings(result: dict[str, Any]) -> dict[str, Any]:
 
 
 PLANS: dict[str, dict[str, Any]] = {
-    "single": {"mode": "single", "strengths": [1.0, 2.0], "generation": True},
-    "composed": {"mode": "sequence", "checkpoints": [1, 3], "strengths": [1.0, 2.0], "batch_size": 2},
+    "single": {
+        "mode": "single",
+        "strengths": [1.0, 2.0],
+        "generation": True,
+        "suites": ["free", "consistency", "divergence"],
+    },
+    "composed": {
+        "mode": "sequence",
+        "checkpoints": [1, 3],
+        "strengths": [1.0, 2.0],
+        "batch_size": 2,
+        "suites": ["negation", "prefixes", "portability", "free"],
+    },
     "added": {"mode": "sequence", "checkpoints": [2], "search_model": "edited"},
 }
 
@@ -114,6 +126,24 @@ def test_result_is_json_with_a_row_for_every_record(name: str) -> None:
     assert result["model"]["fingerprint"] == tiny().fingerprint
     assert result["parameters"]["layers"] == [1]
     assert set(result["seconds"]) >= {"find", "measure", "damage"}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_suites_give_their_measures_before_and_after(name: str) -> None:
+    """Every measure of the suites is in each row, before and after the edits, and in the means of every checkpoint."""
+    result = full_result(name)
+    measures = {m for suite in PLANS[name].get("suites", ()) for m in SUITES[suite].measures}
+    shown = set(SUITE_MEASURES)
+    for row in result["rows"]:
+        assert shown & set(row["before"]) == shown & set(row["after"]) == measures
+    tables = [t["measures"] for t in result.get("checkpoints", ())] + [result["before"], result["after"]]
+    assert all(shown & set(means) == measures for means in tables)
+
+
+def test_suite_for_conversations_needs_a_chat_template() -> None:
+    """A suite that this model cannot answer is refused before anything is computed."""
+    with pytest.raises(InvalidInput, match="'chat' needs a model with a chat template: leave it out"):
+        evaluate(suites=["free", "chat"])
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -35,14 +35,12 @@ def choose(store: InMemoryStore, weights_scores: float) -> FormChoice:
     context = EditorContext(model, None, Corpus("test", tuple(TEXTS)), None)
     search = build_search_context(model, context, facts[:3], facts, PLAIN_STATEMENTS, store, 3)
     alone = run_to_completion(evaluate_candidate(search, Stage.LAYER_RANGE, "rome", HPARAMS))
-    scores = dict.fromkeys(("ES", "PS", "NS", "S"), weights_scores)
+    scores: dict[str, float | None] = dict.fromkeys(("ES", "PS", "NS", "S"), weights_scores)
     alone = replace(alone, alone=alone.alone or scores)
     together = Candidate(Stage.MARGIN, "rome", HPARAMS, 0.0, joint=scores, loss_increase=0.0)
     seen: list[Candidate] = []
     choice = run_to_completion(
-        FormSearch(search, facts[:TOGETHER], seen.append).execute(
-            alone, together, HPARAMS | {"margin": 0.25}
-        )
+        FormSearch(search, facts[:TOGETHER], seen.append).execute(alone, together, HPARAMS | {"margin": 0.25})
     )
     assert seen == choice.candidates
     return choice

@@ -50,6 +50,102 @@ ZSRE: dict[str, Any] = {
     "loc": "nq question: who wrote the big lebowski",
     "loc_ans": "the Coens",
 }
+MQUAKE: dict[str, Any] = {
+    "case_id": 4,
+    "requested_rewrite": [
+        {
+            "prompt": "{} is located in the country of",
+            "relation_id": "P17",
+            "target_new": {"str": "Italy", "id": "Q38"},
+            "target_true": {"str": "France", "id": "Q142"},
+            "subject": "Eiffel Tower",
+            "question": "Where is the Eiffel Tower?",
+        }
+    ],
+    "questions": [
+        "What is the capital of the country of the Eiffel Tower?",
+        "Which city is the capital of the country in which the Eiffel Tower stands?",
+        "The Eiffel Tower stands in a country whose capital is",
+    ],
+    "answer": "Paris",
+    "answer_alias": [],
+    "new_answer": "Rome",
+    "new_answer_alias": ["Roma"],
+    "new_single_hops": [{"question": "Where is the Eiffel Tower?", "answer": "Italy", "answer_alias": []}],
+}
+RIPPLE_EDITS: dict[str, Any] = {
+    "example_type": "random",
+    "edit": {
+        "prompt": "The name of the mother of Ada Lovelace is Mary Shelley.",
+        "subject_id": "Q7259",
+        "relation": "MOTHER",
+        "target_id": "Q47152",
+        "original_fact": {
+            "prompt": "The name of the mother of Ada Lovelace is Anne Isabella Milbanke.",
+            "subject_id": "Q7259",
+            "relation": "MOTHER",
+            "target_id": "Q272161",
+        },
+    },
+    "Logical_Generalization": [
+        {
+            "test_queries": [
+                {
+                    "prompt": "The names of the children of Mary Shelley include",
+                    "answers": [{"value": "Ada Lovelace", "aliases": []}],
+                    "subject_id": "Q47152",
+                }
+            ],
+            "test_condition": "OR",
+            "condition_queries": [],
+        }
+    ],
+    "Subject_Aliasing": [
+        {
+            "test_queries": [
+                {
+                    "prompt": "The name of the mother of Countess Lovelace is",
+                    "answers": [{"value": "Mary Shelley", "aliases": ["Mary W. Shelley"]}],
+                    "subject_id": "",
+                }
+            ],
+            "test_condition": "OR",
+            "condition_queries": [],
+        }
+    ],
+    "Relation_Specificity": [
+        {
+            "test_queries": [
+                {
+                    "prompt": "The gender of Ada Lovelace is",
+                    "answers": [{"value": "female", "aliases": ["woman"]}],
+                    "subject_id": "Q7259",
+                }
+            ],
+            "test_condition": "OR",
+            "condition_queries": [],
+        }
+    ],
+}
+KNOW_EDIT: dict[str, Any] = {
+    "subject": "France",
+    "prompt": "The capital of France is",
+    "target_new": "Rome",
+    "ground_truth": ["Paris"],
+    "portability": {
+        "Reasoning": [
+            {
+                "prompt": "The country whose capital is the capital of France is",
+                "ground_truth": [["Italy", "Italia"]],
+            }
+        ],
+        "Subject_Aliasing": [{"prompt": "The capital of the French Republic is", "ground_truth": "Rome"}],
+    },
+    "locality": {
+        "Relation_Specificity": [{"prompt": "The continent of France is", "ground_truth": [["Europe"]]}],
+        "Forgetfulness": [{"prompt": "A former capital of France is", "ground_truth": [["Versailles"]]}],
+    },
+}
 USER: dict[str, Any] = {"subject": "Eiffel Tower", "prompt": "The {} is in", "target_new": "Rome"}
 
 
@@ -286,6 +382,10 @@ FORMATS = {
     "zsre": ZSRE,
     "user": USER,
     "facts": FACTS[0],
+    "mquake": MQUAKE,
+    "ripple_edits": RIPPLE_EDITS,
+    "know_edit": KNOW_EDIT,
+    "portability": USER | {"portability": [{"kind": "hop", "prompt": "The {} is in", "target": "Italy"}]},
 }
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
