@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from service.application import Services
+from service.application.edit_filters import EditFilters
 from service.errors import Conflict, InvalidInput
 
 
@@ -40,10 +41,14 @@ class TestRead:
     ) -> None:
         """Edits can be filtered by status and by subject; an unknown status is rejected."""
         applied, waiting = applied_edit(), submit_edit("Colosseum")
-        assert [edit["id"] for edit in services.edits.page(status="applied")["items"]] == [applied]
-        assert [edit["id"] for edit in services.edits.page(subject=" Colosseum")["items"]] == [waiting]
+        assert [
+            edit["id"] for edit in services.edits.page(filters=EditFilters(status="applied"))["items"]
+        ] == [applied]
+        assert [
+            edit["id"] for edit in services.edits.page(filters=EditFilters(subject=" Colosseum"))["items"]
+        ] == [waiting]
         with pytest.raises(InvalidInput, match="queued, running"):
-            services.edits.page(status="done")
+            services.edits.page(filters=EditFilters(status="done"))
 
     def test_pages(self, services: Services, submit_edit: Callable[..., Any]) -> None:
         """Pages are newest first, without gaps or duplicates, also when an edit is added between pages."""
