@@ -97,7 +97,9 @@ class FactChange(ResourceModel):
     change: Literal["added", "removed", "replaced"]
     subject: str
     prompt: str
-    messages: list[dict[str, Any]] | None = Field(None, description="of a conversation, in place of the prompt")
+    messages: list[dict[str, Any]] | None = Field(
+        None, description="of a conversation, in place of the prompt"
+    )
     before: DiffSide | None = Field(description="the edit at the first version; null if there is none")
     after: DiffSide | None = Field(description="the edit at the second version; null if there is none")
 

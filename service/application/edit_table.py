@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from itertools import islice
 from typing import Any
 
 from pydantic import ValidationError
@@ -59,12 +60,14 @@ class EditTableReader:
         Raises InvalidInput if the header lacks a column, or if there are too many lines.
         """
         try:
-            lines = list(parse_csv_lines(text, "the table"))
+            lines = list(islice(parse_csv_lines(text, "the table"), MAX_EDITS + 1))
         except InvalidInput as error:
             raise InvalidInput(error.detail, "csv") from None
-        if not 0 < len(lines) <= MAX_EDITS:
+        if not lines:
+            raise InvalidInput("the table has a header and no lines: add one for each edit.", "csv")
+        if len(lines) > MAX_EDITS:
             raise InvalidInput(
-                f"the table has {len(lines)} edits, and may have 1 to {MAX_EDITS}: divide it, and give every part the same batch.",
+                f"the table has more than {MAX_EDITS} edits: divide it, and give every part the same batch.",
                 "csv",
             )
         read = [(line, *self._request(line)) for line in lines]

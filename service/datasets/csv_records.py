@@ -23,6 +23,7 @@ from service.kit.validation_messages import validation_messages
 SEPARATORS = (",", ";", "\t")  #: of cells; spreadsheets write semicolons where a comma is the decimal sign
 #: ending of a file of records -> what separates its cells; None: one of SEPARATORS
 SUFFIXES = {".csv": None, ".tsv": "\t"}
+MAX_LISTED = 40  #: columns that an error lists, and characters of each
 REQUIRED = ("subject", "prompt", "target_new")
 #: the neighbour of a row: its prompt and its own object
 NEIGHBOR_PROMPT, NEIGHBOR_TARGET = "neighborhood.prompt", "neighborhood.target"
@@ -93,7 +94,9 @@ def _columns_of(
 ) -> dict[str, list[str]]:
     """Return the columns of each field that the file has. Raise InvalidInput if a column or a required field is
     missing."""
-    listed = ", ".join(map(repr, header)) or "none"
+    listed = ", ".join(repr(name[:MAX_LISTED]) for name in header[:MAX_LISTED]) or "none"
+    if len(header) > MAX_LISTED:
+        listed += f" and {len(header) - MAX_LISTED} more"
     for field, names in mapping.items():
         if field not in FIELDS:
             raise InvalidInput(
@@ -110,8 +113,8 @@ def _columns_of(
     for field in REQUIRED:
         if field not in columns:
             raise InvalidInput(
-                f"line 1 of {file} names no column {field!r}: its columns are {listed}. Say which one has it with --column "
-                f"{field}=NAME.",
+                f"line 1 of {file} names no column {field!r}: its columns are {listed}. Rename one, or say which one has it with "
+                f"--column {field}=NAME.",
                 "records",
             )
     return columns
