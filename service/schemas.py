@@ -548,6 +548,11 @@ class EditTableRequest(RequestModel):
         "neighborhood.prompt and neighborhood.target; separated by commas, semicolons or tabs",
         examples=["subject,prompt,target_new\nEiffel Tower,The {} is located in the city of,Rome\n"],
     )
+    columns: dict[str, Annotated[list[Label], Field(min_length=1, max_length=64)]] = Field(
+        default_factory=dict,
+        max_length=16,
+        description="the columns of a field, by its name, where they have other names; paraphrases may have several",
+    )
 
 
 class RevertRequest(RequestModel):

@@ -341,7 +341,7 @@ async def preview_edits(
 ) -> Any:
     """Read a CSV text as edits and check each line; nothing is queued. The requests in the answer can be sent to
     `POST /edits`, with the batch."""
-    return await run_on_body(request, services.edits.preview, body.csv)
+    return await run_on_body(request, services.edits.preview, body)
 
 
 _routes.add_get()

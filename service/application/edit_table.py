@@ -54,13 +54,13 @@ class EditTableReader:
     def __init__(self, session: Session, model: Model, encoder: TextEncoder) -> None:
         self._session, self._model, self._encoder = session, model, encoder
 
-    def read(self, text: str) -> ResourceDict:
+    def read(self, text: str, columns: Mapping[str, Sequence[str]]) -> ResourceDict:
         """Return {"items": lines with a request, an error and a note each, "valid", "seconds_per_edit"}.
 
         Raises InvalidInput if the header lacks a column, or if there are too many lines.
         """
         try:
-            lines = list(islice(parse_csv_lines(text, "the table"), MAX_EDITS + 1))
+            lines = list(islice(parse_csv_lines(text, "the table", mapping=columns), MAX_EDITS + 1))
         except InvalidInput as error:
             raise InvalidInput(error.detail, "csv") from None
         if not lines:
@@ -76,7 +76,7 @@ class EditTableReader:
         items = [
             {
                 "line": line.number,
-                "edit": edit_fields(line),
+                "edit": stated_request(line),
                 "error": fault and {"field": fault.field, "column": fault.column, "detail": fault.detail},
                 "note": notes.get(line.number),
             }
@@ -90,7 +90,7 @@ class EditTableReader:
 
     def _request(self, line: CsvLine) -> tuple[EditRequest | None, LineFault | None]:
         """Return the request that a line states, or what is wrong with it."""
-        fields = edit_fields(line)
+        fields = stated_request(line)
         if line.fault is not None or fields is None:
             return None, line.fault
         try:
@@ -131,7 +131,7 @@ class EditTableReader:
         return {str(key): job_id for key, job_id in self._session.execute(query)}
 
 
-def edit_fields(line: CsvLine) -> dict[str, Any] | None:
+def stated_request(line: CsvLine) -> dict[str, Any] | None:
     """Return the fields of the request that a line states; None if it is no record."""
     if line.record is None:
         return None

@@ -18,7 +18,7 @@ from service.jobs.views import ResourceDict
 from service.kit.pagination import MAX_PAGE_SIZE
 from service.kit.search_text import search_text
 from service.kit.text import normalize_whitespace
-from service.schemas import EditRequest, RevertRequest
+from service.schemas import EditRequest, EditTableRequest, RevertRequest
 
 ALL_EDITS = EditFilters()
 
@@ -70,11 +70,11 @@ class EditService(JobResourceService):
         """Revert or cancel several edits, all or none; see `JobQueue.revert_edits`."""
         return self.queue.revert_edits(request, actor)
 
-    def preview(self, table: str) -> ResourceDict:
+    def preview(self, request: EditTableRequest) -> ResourceDict:
         """Return the lines of a CSV text as requests, each checked; nothing is queued."""
         model, encoder, _ = self.served_model.current()
         with self.queue.database.read_session() as session:
-            return EditTableReader(session, model, encoder).read(table)
+            return EditTableReader(session, model, encoder).read(request.csv, request.columns)
 
     def revert(self, edit_id: str, actor: str) -> ResourceDict:
         """Revert an applied edit, or cancel an open one. Has no effect on any other edit."""

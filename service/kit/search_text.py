@@ -20,15 +20,15 @@ def search_text(request: Mapping[str, Any], result: Mapping[str, Any] | None = N
     subject, prompt = str(request.get("subject") or ""), str(request.get("prompt") or "")
     texts = [request.get(name) for name in _FIELDS]
     texts += [prompt.replace(PLACEHOLDER, subject), (result or {}).get("target_true")]
-    folded = dict.fromkeys(fold(str(text)) for text in texts if text)
+    folded = dict.fromkeys(fold_text(str(text)) for text in texts if text)
     return "\n".join(folded)
 
 
 def search_words(query: str) -> list[str]:
     """Return the words of a search. A text is found if it contains all of them, in any order. `{}` is no word."""
-    return list(dict.fromkeys(word for word in fold(query).split() if word != PLACEHOLDER))
+    return list(dict.fromkeys(word for word in fold_text(query).split() if word != PLACEHOLDER))
 
 
-def fold(text: str) -> str:
+def fold_text(text: str) -> str:
     """Return a text without the differences that a search ignores: capitals, widths and white space."""
     return normalize_whitespace(unicodedata.normalize("NFKC", text).casefold())

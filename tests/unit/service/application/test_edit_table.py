@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from service.application.edit_table import busy_seconds, csv_lines, edit_fields
+from service.application.edit_table import busy_seconds, csv_lines, stated_request
 from service.datasets.csv_records import parse_csv_lines
 
 START = datetime(2026, 12, 1, tzinfo=UTC)
@@ -22,7 +22,7 @@ def test_a_list_is_read_back() -> None:
     }
     text = "".join(csv_lines([edit | {"id": "edit_1", "result": None, "dry_run": False}]))
     (line,) = parse_csv_lines(text, "the table")
-    assert (edit_fields(line) or {}).items() >= edit.items()
+    assert (stated_request(line) or {}).items() >= edit.items()
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
@@ -32,7 +32,7 @@ def test_what_a_line_states(separator: str) -> None:
     cells = ["Nile", "The Nile is", "short", "Is the {}", "The Rhine is", "long"]
     text = "\n".join(separator.join(line) for line in (header, cells, [*cells[:3], "", "", ""]))
     with_probes, without = parse_csv_lines("\ufeff" + text, "the table")
-    assert edit_fields(with_probes) == {
+    assert stated_request(with_probes) == {
         "subject": "Nile",
         "prompt": "The {} is",
         "target_new": "short",
@@ -41,7 +41,7 @@ def test_what_a_line_states(separator: str) -> None:
             "neighborhood": [{"prompt": "The Rhine is", "target": "long"}],
         },
     }
-    assert (edit_fields(without) or {})["probes"] == {"paraphrase": "auto", "neighborhood": "auto"}
+    assert (stated_request(without) or {})["probes"] == {"paraphrase": "auto", "neighborhood": "auto"}
 
 
 def test_lines_that_cannot_be_read() -> None:
@@ -49,7 +49,7 @@ def test_lines_that_cannot_be_read() -> None:
     text = 'subject,prompt,target_new\nNile,{} is\nNile,{} is,long\n"Nile"x,{} is,long\nNile,{} is,wide\n'
     lines = list(parse_csv_lines(text, "the table"))
     assert [(line.number, line.fault is None) for line in lines] == [(2, False), (3, True), (4, False)]
-    assert [edit_fields(line) is None for line in lines] == [True, False, True]
+    assert [stated_request(line) is None for line in lines] == [True, False, True]
 
 
 def test_the_busy_time_of_edits() -> None:
