@@ -35,6 +35,7 @@ from api.routes import (
     metrics,
     models,
     traces,
+    versions,
 )
 from api.security_headers import SecurityHeadersMiddleware
 from service.application import Services
@@ -75,6 +76,7 @@ OTHER_ROUTERS = (
     compare.router,
     completions.router,
     ledger.router,
+    versions.router,
     models.router,
     metrics.router,
     health.router,

@@ -11,6 +11,7 @@ from bench.abuse_store import EVALUATION_ID, LARGE_EDIT_ID, edit_body, edit_set
 from service.settings import Settings
 from tests.support.hostile_bodies import (
     JSON_PATHS,
+    PUT_PATHS,
     encode,
     floods,
     header_flood,
@@ -89,6 +90,16 @@ def _largest_requests(settings: Settings) -> Iterator[Case]:
     yield _post("longest conversation", "/trace", lambda: encode(traced))
     yield _post("400 conversations", "/edits", lambda: encode(chats), (*ACCEPTED, 429))
     yield _post("400 conversations", "/edits", lambda: encode(chats), (*ACCEPTED, *BUSY), PARALLEL)
+    table = "subject,prompt,target_new\n" + "".join(
+        f"House {n},{{}} is {text[:800]},Rome\n" for n in range(1000)
+    )
+    yield _post("table of 1,000 edits", "/edits/preview", lambda: encode({"csv": table}))
+    yield _post(
+        "table of 1,000 edits", "/edits/preview", lambda: encode({"csv": table}), (*ACCEPTED, *BUSY), PARALLEL
+    )
+    yield _post(
+        "unknown edits", "/edits/revert", lambda: encode({"edits": [f"edit_{n:060}" for n in range(1000)]})
+    )
     yield _post("longest prompt", "/compare", lambda: encode({"prompt": text}))
     yield _post("64 prompts", "/generate", lambda: encode({"prompts": [text] * 64}))
     yield _post(
@@ -120,6 +131,9 @@ def _largest_answers() -> Iterator[Case]:
         f"/edits/{LARGE_EDIT_ID}",
         "/ledger?limit=200",
         "/ledger/verify",
+        "/ledger/diff?before=0&limit=200",
+        "/edits/export?format=json",
+        "/edits/export?format=csv&search=the",
         f"/evaluations/{EVALUATION_ID}",
         "/evaluations?limit=200",
         "/jobs?limit=200",
@@ -174,7 +188,8 @@ def _floods() -> Iterator[Case]:
     for path in JSON_PATHS:
         for name in floods():
             flood = partial(_encode_flood, name)
-            yield Case(name, "POST", path, flood, JSON_HEADERS, REFUSED, group=f"floods {path}")
+            method = "PUT" if path in PUT_PATHS else "POST"
+            yield Case(name, method, path, flood, JSON_HEADERS, REFUSED, group=f"floods {path}")
     for parallel in (1, PARALLEL):
         yield _post(
             "conversation too long", "/v1/chat/completions", _too_long_conversation, REFUSED, parallel

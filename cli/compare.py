@@ -27,7 +27,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         nargs=2,
         default=["base", "head"],
         metavar=("A", "B"),
-        help="the two versions: head, base or a number (default: base head)",
+        help="the two versions: head, base, a number or a name (default: base head)",
     )
 
 

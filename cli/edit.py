@@ -1,4 +1,4 @@
-"""`palimpsest edit`: submit one edit, wait for it and print its measurements."""
+"""`palimpsest edit`: submit one edit, or those of a file, wait and print the measurements."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from cli.client import add_client_command
+from cli.edit_file import edit_from_file
 from cli.edit_output import parse_hparam, print_edit_result
 from cli.flags import (
     add_chat_flags,
+    add_column_flag,
     add_hparam_flag,
     add_separator_flag,
     prompt_or_messages,
@@ -18,6 +20,7 @@ from cli.flags import (
 from cli.job_output import JobJson, failure_reason, wait_for_job
 from cli.terminal import err, out, print_json, strip_control_chars
 from palimpsest import Client
+from service.errors import InvalidInput
 from service.methods.parameters import EditForm
 
 
@@ -27,12 +30,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         commands,
         "edit",
         submit_edit,
-        description="Change a fact: edit the model so that PROMPT with SUBJECT continues with TARGET.",
+        description="Change a fact: edit the model so that PROMPT with SUBJECT continues with TARGET. Or change the facts of a "
+        "CSV file as one batch.",
     )
-    parser.add_argument("subject", metavar="SUBJECT", help="subject of the fact, such as 'Eiffel Tower'")
+    parser.add_argument(
+        "subject", metavar="SUBJECT", nargs="?", help="subject of the fact, such as 'Eiffel Tower'"
+    )
     parser.add_argument(
         "prompt",
         metavar="PROMPT",
+        nargs="?",
         help="prompt with {} for the subject: 'The {} is located in'; with --chat it may spell the subject",
     )
     parser.add_argument("target", metavar="TARGET", nargs="?", help="new object, such as 'Rome'")
@@ -75,10 +82,32 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "(default: that of the service or the recipe)",
     )
     add_hparam_flag(parser)
+    parser.add_argument(
+        "--batch", metavar="NAME", help="name that several edits share, to list and to revert them together"
+    )
+    file = parser.add_argument_group("many facts")
+    file.add_argument(
+        "--file",
+        metavar="FILE",
+        help="CSV file with the columns subject, prompt and target_new, and if wanted target_true, paraphrases and neighbors; "
+        "all of it becomes one batch, with the name of the file unless --batch gives another",
+    )
+    file.add_argument(
+        "--check",
+        action="store_true",
+        help="with --file: show each line with what the model says now, and edit nothing",
+    )
+    add_column_flag(parser)
 
 
 def submit_edit(args: argparse.Namespace, client: Client) -> int:
-    """Submit an edit, wait for it and print its measurements."""
+    """Submit an edit, or those of a file, wait and print the measurements."""
+    if args.file is not None:
+        return edit_from_file(args, client, fields_of_every_edit(args))
+    if args.subject is None or args.prompt is None:
+        raise InvalidInput("give SUBJECT, PROMPT and TARGET, or a CSV file with --file.")
+    if args.check or args.column:
+        raise InvalidInput("--check and --column belong to --file: leave them out.")
     edit = wait_for_job(client, client.edit(**edit_fields(args), wait=False)).raw
     if args.json:
         print_json(edit)
@@ -95,14 +124,36 @@ def edit_fields(args: argparse.Namespace) -> dict[str, Any]:
         **prompt_or_messages(args),
         "target_new": args.target,
         "target_true": args.true,
-        "separator": separator_of(args),
         "objective": args.objective,
-        "on_conflict": args.on_conflict,
-        "form": args.form,
+        "batch": args.batch,
         "dry_run": args.dry_run or args.try_layers,
         "try_layers": args.try_layers or None,
-        "hparams": dict(parse_hparam(text) for text in args.hparam or ()) or None,
         "probes": probe_choice(args.paraphrase, args.no_probes),
+        **_shared_fields(args),
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _shared_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields that one edit and every edit of a file may have."""
+    return {
+        "separator": separator_of(args),
+        "on_conflict": args.on_conflict,
+        "form": args.form,
+        "hparams": dict(parse_hparam(text) for text in args.hparam or ()) or None,
+    }
+
+
+def fields_of_every_edit(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields that the flags set for every edit of a file. Raises InvalidInput for flags of one edit."""
+    names = ("subject", "objective", "true", "paraphrase", "try_layers", "chat", "answer")
+    given = [name for name in names if getattr(args, name)]
+    if given:
+        raise InvalidInput(f"{given[0]} belongs to one edit: leave it out, or leave out --file.")
+    fields = {
+        **_shared_fields(args),
+        "dry_run": args.dry_run or None,
+        "probes": probe_choice(None, args.no_probes),
     }
     return {name: value for name, value in fields.items() if value is not None}
 

@@ -14,10 +14,12 @@ from pydantic import ValidationError
 from cli.client import add_connection_flags, run_with_client
 from cli.edit_output import parse_hparam
 from cli.flags import (
+    add_column_flag,
     add_command,
     add_hparam_flag,
     add_json_flag,
     add_setting_flags,
+    parse_columns,
     positive_int,
     read_settings,
 )
@@ -57,12 +59,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="FILE",
         help="file of records (docs/evaluation.md): JSON, JSON lines or CSV; or `facts` for the fact table of the model",
     )
-    add(
-        "--column",
-        metavar="FIELD=NAME",
-        action="append",
-        help="the column of a CSV file that has a field, such as prompt=Question; repeatable (default: the column with its name)",
-    )
+    add_column_flag(parser)
     add(
         "--out",
         metavar="FOLDER",
@@ -206,19 +203,6 @@ def evaluation_fields(args: argparse.Namespace) -> dict[str, Any]:
     if args.source == "facts":
         return fields | {"dataset": "facts"}
     return fields | {"records": read_rows(Path(args.source), parse_columns(args))}
-
-
-def parse_columns(args: argparse.Namespace) -> dict[str, list[str]]:
-    """Return the columns that `--column FIELD=NAME` names, by field."""
-    columns: dict[str, list[str]] = {}
-    for text in args.column or ():
-        field, equals, name = text.partition("=")
-        if not (field and equals and name):
-            raise InvalidInput(
-                f"--column {text!r} is not of the form FIELD=NAME, such as --column prompt=Question."
-            )
-        columns.setdefault(field, []).append(name)
-    return columns
 
 
 def build_plan(args: argparse.Namespace) -> EvaluationPlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,13 @@ from pydantic_settings import BaseSettings, SettingsError
 from cli.overview import summary_of
 from palimpsest.endpoints import Message
 from service.errors import InvalidInput, Misconfigured
+from service.kit.versions import VERSION_NAME_PATTERN
 from service.settings import SHIPPED_MODEL
 
 S = TypeVar("S", bound=BaseSettings)
 Commands = argparse._SubParsersAction  #: the action that holds the commands of a parser
 Run = Callable[[argparse.Namespace], int]
 SEPARATORS: dict[str, Literal["", " "]] = {"space": " ", "none": ""}  #: by their names on the command line
-VERSION_NAMES: dict[str, Literal["head", "base"]] = {"head": "head", "base": "base"}
 FORMATS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}  #: placeholders of values in `--help`
 
 
@@ -71,7 +72,7 @@ def add_version_flag(parser: argparse.ArgumentParser) -> None:
         "--version",
         type=parse_version,
         default="head",
-        help="version of the model: head, base or a number (default: head)",
+        help="version of the model: head, base, a number or a name (default: head)",
     )
 
 
@@ -83,6 +84,29 @@ def add_hparam_flag(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="set a hyperparameter of the method, such as steps=20 or 'layers=[7]'; repeatable",
     )
+
+
+def add_column_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--column FIELD=NAME` to a command that reads a CSV file."""
+    parser.add_argument(
+        "--column",
+        metavar="FIELD=NAME",
+        action="append",
+        help="the column of a CSV file that has a field, such as prompt=Question; repeatable (default: the column with its name)",
+    )
+
+
+def parse_columns(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Return the columns that `--column FIELD=NAME` names, by field."""
+    columns: dict[str, list[str]] = {}
+    for text in args.column or ():
+        field, equals, name = text.partition("=")
+        if not (field and equals and name):
+            raise InvalidInput(
+                f"--column {text!r} is not of the form FIELD=NAME, such as --column prompt=Question."
+            )
+        columns.setdefault(field, []).append(name)
+    return columns
 
 
 def add_separator_flag(parser: argparse.ArgumentParser) -> None:
@@ -118,14 +142,13 @@ def positive_number(text: str) -> float:
     return number
 
 
-def parse_version(text: str) -> int | Literal["head", "base"]:
-    """Parse a version: `head`, `base` or a number."""
-    if text in VERSION_NAMES:
-        return VERSION_NAMES[text]
-    try:
+def parse_version(text: str) -> int | str:
+    """Parse a version: `head`, `base`, a number, a name that was given to it, or one of these after NAME@."""
+    if text.isdecimal():
         return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a version: use head, base or a number") from None
+    if "@" in text or re.fullmatch(VERSION_NAME_PATTERN, text):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is not a version: use head, base, a number or a name")
 
 
 def flag_name(name: str) -> str:

@@ -33,6 +33,7 @@ COMMANDS = (
     "trace",
     "traces",
     "ledger",
+    "versions",
     "models",
     "export",
     "evaluate",

@@ -19,15 +19,16 @@ OVERVIEW = {
         "chat": "talk with a chat model, with any version",
     },
     "Edit": {
-        "edit": "change a fact",
+        "edit": "change a fact; --file FILE.csv changes many",
         "edits": "list edits; `edits show ID` shows one with its details",
-        "revert": "revert an edit, also after later edits",
+        "revert": "revert an edit, several or a batch",
         "import": "apply edits that another service exported",
     },
     "Inspect": {
         "trace": "show where a fact is stored, as a heat map",
         "traces": "list traces; `traces show ID` draws one again",
         "ledger": "list applied and reverted edits; --verify checks it",
+        "versions": "names of versions; `versions diff A B` compares two",
         "models": "show the served model, its recipe and its workers",
         "export": "save a version as an adapter, a model or a set of edits",
     },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
+from datetime import date, datetime
 from typing import IO, Any, Literal, Required, TypedDict, TypeVar
 from urllib.parse import quote
 
@@ -12,13 +13,17 @@ from palimpsest.errors import EditRejected, JobFailed, error_from_problem
 from palimpsest.resources import (
     Comparison,
     Edit,
+    EditTable,
     Entry,
     Evaluation,
     Export,
+    FactChange,
     Generation,
     Job,
     Model,
+    NamedVersion,
     Progress,
+    RevertResult,
     Token,
     Trace,
     Verification,
@@ -27,7 +32,7 @@ from palimpsest.sync_async import endpoint, iterable_endpoint
 from palimpsest.transport import Transport, drop_none
 
 J = TypeVar("J", bound=Job)
-Version = int | Literal["head", "base"]
+Version = int | str  #: a number, "head", "base", or a name that `name_version` gave
 ExportFormat = Literal["peft", "safetensors", "edits"]
 OnProgress = Callable[[Progress], object]
 MEDIA_TYPES = {"svg": "image/svg+xml", "png": "image/png", "html": "text/html"}
@@ -90,6 +95,7 @@ class EditRequest(TypedDict, total=False):
     hparams: Mapping[str, Any]
     probes: Probes | Literal["auto"]
     guard: Mapping[str, Any]
+    batch: str
     dry_run: bool
     try_layers: bool
 
@@ -120,6 +126,7 @@ class Endpoints:
         hparams: Mapping[str, Any] | None = None,
         probes: Probes | Literal["auto"] | None = None,
         guard: Mapping[str, Any] | None = None,
+        batch: str | None = None,
         dry_run: bool | None = None,
         try_layers: bool | None = None,
         key: str | None = None,
@@ -152,6 +159,7 @@ class Endpoints:
             hparams=hparams,
             probes=probes,
             guard=guard,
+            batch=batch,
             dry_run=dry_run,
             try_layers=try_layers,
         )
@@ -163,16 +171,19 @@ class Endpoints:
         self,
         edits: Iterable[EditRequest],
         *,
+        batch: str | None = None,
         key: str | None = None,
         wait: bool = True,
         on_end: Callable[[Edit], object] | None = None,
     ) -> list[Edit]:
-        """Submit up to 1,000 edits. All of them are queued, or none if one is invalid.
+        """Submit up to 1,000 edits. All of them are queued, or none if one is invalid. `batch` is a name that they share,
+        for `edits` and `revert_batch`.
 
         Return them in order once all have ended. Rejected edits do not raise: check `applied` and `reason`. `on_end` is
         called with each edit that has ended.
         """
-        response = await self._transport.create("/edits", {"edits": list(edits)}, key, 0)
+        body = drop_none(edits=list(edits), batch=batch)
+        response = await self._transport.create("/edits", body, key, 0)
         return await self._edits_of(response, wait, on_end)
 
     @endpoint
@@ -182,10 +193,64 @@ class Endpoints:
 
     @iterable_endpoint
     def edits(
-        self, *, status: str | None = None, subject: str | None = None, limit: int | None = None
+        self,
+        *,
+        status: str | None = None,
+        subject: str | None = None,
+        search: str | None = None,
+        actor: str | None = None,
+        batch: str | None = None,
+        since: datetime | date | str | None = None,
+        until: datetime | date | str | None = None,
+        limit: int | None = None,
     ) -> AsyncIterator[Edit]:
-        """Yield edits, newest first; at most `limit`."""
-        return self._transport.iter_items("/edits", Edit, limit, status=status, subject=subject)
+        """Yield edits, newest first; at most `limit`.
+
+        `search`: words that are in the subject, the prompt or the objects. `since` and `until`: when they were created; a
+        day in `until` is included.
+        """
+        filters = drop_none(status=status, subject=subject, search=search, actor=actor, batch=batch)
+        filters |= _period(since, until)
+        return self._transport.iter_items("/edits", Edit, limit, **filters)
+
+    @endpoint
+    async def save_edits(
+        self,
+        file: IO[bytes],
+        form: Literal["csv", "json"] = "csv",
+        *,
+        status: str | None = None,
+        subject: str | None = None,
+        search: str | None = None,
+        actor: str | None = None,
+        batch: str | None = None,
+        since: datetime | date | str | None = None,
+        until: datetime | date | str | None = None,
+    ) -> None:
+        """Write the list that `edits` would yield to a file in chunks: as CSV, or as one JSON object."""
+        filters = drop_none(status=status, subject=subject, search=search, actor=actor, batch=batch)
+        filters |= _period(since, until)
+        await self._transport.download_to(file, "/edits/export", format=form, **filters)
+
+    @endpoint
+    async def preview_edits(self, csv: str, columns: Mapping[str, Sequence[str]] | None = None) -> EditTable:
+        """Check the text of a CSV file line by line; nothing is queued. `edit` of each valid line can be given to
+        `edit_many`. `columns`: the columns of a field, where they have other names."""
+        return EditTable.from_json(
+            await self._transport.post_query("/edits/preview", drop_none(csv=csv, columns=columns))
+        )
+
+    @endpoint
+    async def revert_many(self, edits: Iterable[Edit | str]) -> RevertResult:
+        """Revert up to 1,000 edits together: all, or none if one does not exist. Those that are not applied yet are
+        cancelled."""
+        ids = [edit if isinstance(edit, str) else edit.id for edit in edits]
+        return RevertResult.from_json(await self._transport.post_query("/edits/revert", {"edits": ids}))
+
+    @endpoint
+    async def revert_batch(self, batch: str) -> RevertResult:
+        """Revert all edits of a batch together."""
+        return RevertResult.from_json(await self._transport.post_query("/edits/revert", {"batch": batch}))
 
     @endpoint
     async def revert(self, edit: Edit | str, *, wait: bool = True) -> Edit:
@@ -475,9 +540,30 @@ class Endpoints:
     # ledger and model
 
     @iterable_endpoint
-    def ledger(self, *, version: int | None = None) -> AsyncIterator[Entry]:
+    def ledger(self, *, version: Version | None = None) -> AsyncIterator[Entry]:
         """Yield the entries of the ledger, oldest first; up to `version`, or all."""
         return self._transport.iter_items("/ledger", Entry, version=version)
+
+    @iterable_endpoint
+    def diff(self, before: Version, after: Version = "head") -> AsyncIterator[FactChange]:
+        """Yield the facts whose active edit differs between two versions."""
+        return self._transport.iter_items("/ledger/diff", FactChange, before=before, after=after)
+
+    @endpoint
+    async def name_version(self, name: str, version: Version = "head") -> NamedVersion:
+        """Give a name to a version. It means this version until it is deleted, whatever is applied or reverted."""
+        body = {"version": version}
+        return NamedVersion.from_json(await self._transport.put(_name_path(name), body))
+
+    @iterable_endpoint
+    def version_names(self) -> AsyncIterator[NamedVersion]:
+        """Yield the names that were given to versions, by name."""
+        return self._transport.iter_items("/versions", NamedVersion)
+
+    @endpoint
+    async def delete_version_name(self, name: str) -> NamedVersion:
+        """Delete a name; the version stays, with its number."""
+        return NamedVersion.from_json(await self._transport.delete(_name_path(name)))
 
     @endpoint
     async def verify(
@@ -612,6 +698,16 @@ class Endpoints:
 
 def _job_path(kind: type[Job], job: Job | str) -> str:
     return f"{kind.path}/{quote(job if isinstance(job, str) else job.id, safe='')}"
+
+
+def _name_path(name: str) -> str:
+    return f"/versions/{quote(name, safe='')}"
+
+
+def _period(since: datetime | date | str | None, until: datetime | date | str | None) -> dict[str, str]:
+    """Return the parameters of a period in ISO 8601."""
+    times = drop_none(since=since, until=until)
+    return {name: t if isinstance(t, str) else t.isoformat() for name, t in times.items()}
 
 
 def _prompt_fields(prompt: Prompt) -> dict[str, Any]:

@@ -109,6 +109,7 @@ class Edit(Job):
     method: str = ""
     form: str | None = None
     hparams: Json | None = None
+    batch: str | None = None  #: the name that the edit shares with others
     dry_run: bool = False
     version: int | None = None  #: the version that the edit created
     reverted_version: int | None = None  #: the version that its revert created
@@ -145,6 +146,35 @@ class Edit(Job):
         rewrite = (self.result or {}).get("rewrite") or {}
         value = (rewrite.get(when) or {}).get("new")
         return None if value is None else float(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RevertResult(Resource):
+    """What was done with each of several edits, by their ids. `version` is the newest version."""
+
+    version: int
+    reverted: tuple[str, ...] = field(default=(), metadata=AS_TUPLE)
+    cancelled: tuple[str, ...] = field(default=(), metadata=AS_TUPLE)
+    unchanged: tuple[str, ...] = field(default=(), metadata=AS_TUPLE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableLine(Resource):
+    """A line of a CSV table: the request that it states, or what is wrong with it."""
+
+    line: int
+    edit: Json | None = None
+    error: Json | None = None  #: `detail`, and the `field` and the `column` at fault where it is one
+    note: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditTable(Resource):
+    """The lines of a CSV table below its header."""
+
+    items: tuple[TableLine, ...] = field(default=(), metadata=_list_of(TableLine))
+    valid: int = 0
+    seconds_per_edit: float | None = None  #: an estimate from the newest edits, where there are some
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +289,28 @@ class Entry(Resource):
     previous: str = ""
     at: datetime | None = field(default=None, metadata=AS_TIMESTAMP)
     body: Json = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedVersion(Resource):
+    """A name that was given to a version. `model` is the model name that means this version below /v1."""
+
+    name: str
+    version: int
+    model: str = ""
+    actor: str = ""
+    created: datetime | None = field(default=None, metadata=AS_TIMESTAMP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactChange(Resource):
+    """A fact whose active edit differs between two versions; `before` and `after` are null where there is none."""
+
+    change: str  #: added, removed or replaced
+    subject: str
+    prompt: str = ""
+    before: Json | None = None
+    after: Json | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,9 +126,9 @@ class Transport:
         """Return a file."""
         return (await self._send("GET", path, headers={"Accept": media_type})).content
 
-    async def download_to(self, file: IO[bytes], path: str) -> str:
+    async def download_to(self, file: IO[bytes], path: str, **params: Any) -> str:
         """Write a file in chunks, and return the name that the service gives it."""
-        async with self._stream("GET", path) as response:
+        async with self._stream("GET", path, params=drop_none(**params)) as response:
             try:
                 async with aclosing(self._backend.iter_bytes(response)) as chunks:
                     async for chunk in chunks:
@@ -154,8 +154,12 @@ class Transport:
                 return
 
     async def post_query(self, path: str, body: Mapping[str, Any]) -> Any:
-        """POST that changes nothing, and therefore can be retried."""
+        """POST that has no further effect when it is repeated, and therefore can be retried."""
         return self._parse_json(await self._send("POST", path, json=body))
+
+    async def put(self, path: str, body: Mapping[str, Any]) -> Any:
+        """PUT a resource, and return it."""
+        return self._parse_json(await self._send("PUT", path, json=body))
 
     async def create(self, path: str, body: Mapping[str, Any] | bytes, key: str | None, wait: float) -> Any:
         """POST that creates a resource. The idempotency key makes a retry return the resource of the first attempt."""
@@ -172,7 +176,7 @@ class Transport:
         """POST without a body that is never retried."""
         return self._parse_json(await self._send("POST", path, idempotent=False, json={}))
 
-    async def delete(self, path: str, wait: float) -> Any:
+    async def delete(self, path: str, wait: float = 0) -> Any:
         """DELETE a resource, and return its new state."""
         return self._parse_json(await self._send("DELETE", path, headers=_prefer_header(wait)))
 

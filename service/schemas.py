@@ -5,6 +5,7 @@ The models validate what needs no model; `service/application/validation.py` val
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -31,7 +32,7 @@ from service.kit.chat_format import Message
 from service.kit.separator import Separator
 from service.kit.stated_fact import StatedFact
 from service.kit.text import PLACEHOLDER, RenderedText, Statement, check_text, fill_prompt, locate_subject
-from service.kit.validation_messages import CONVERSATION_TAG, TEXT_TAG
+from service.kit.validation_messages import CONVERSATION_TAG, NUMBER_TAG, TEXT_TAG
 from service.methods.parameters import EditForm
 from service.methods.registry import METHODS
 
@@ -41,6 +42,7 @@ MAX_HPARAMS = 64  #: members of `hparams`
 MAX_TOKEN_ID = 2**31  #: above every vocabulary size
 MAX_TOKEN_IDS = 131_072  #: tokens of one prompt
 MAX_TEXT = 20_000  #: characters; validation.py checks the positions of the model
+MAX_TABLE = 900_000  #: characters of a CSV text; the whole body is limited by `max_body`
 
 
 def _validate_text(value: str) -> str:
@@ -64,10 +66,49 @@ TokenIds = Annotated[
 ]
 #: a short name that is only shown, such as a relation
 Label = Annotated[str, Field(max_length=200)]
-#: "head", "base" or the number of a version
+#: a name of a version, as a request may give it: "head", "base", a name that PUT /versions/{name} gave, or one of these
+#: after NAME@; service/application/version_names.py finds its number
+VersionText = Annotated[str, Field(min_length=1, max_length=300), AfterValidator(_validate_text)]
+
+
+def _version_tag(value: Any) -> str:
+    return TEXT_TAG if isinstance(value, str) else NUMBER_TAG
+
+
+def _matches(pattern: str, detail: str) -> AfterValidator:
+    """Return the check of a name, whose error says what it may be."""
+    compiled = re.compile(pattern)
+
+    def check(value: str) -> str:
+        if not compiled.fullmatch(value):
+            raise ValueError(detail)
+        return value
+
+    return AfterValidator(check)
+
+
+#: "head", "base", a name or the number of a version. An error is that of the form that the value has.
 Version = Annotated[
-    int | Literal["head", "base"],
-    Field(description='"head" (the newest version), "base" (version 0) or a number', examples=["head"]),
+    Annotated[int, Tag(NUMBER_TAG)] | Annotated[VersionText, Tag(TEXT_TAG)],
+    Discriminator(_version_tag),
+    Field(
+        description='"head" (the newest version), "base" (version 0), a number, or a name that was given to a version',
+        examples=["head"],
+    ),
+]
+BATCH_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+#: a name that the edits of one purpose share
+BatchName = Annotated[
+    str,
+    Field(
+        max_length=64,
+        json_schema_extra={"pattern": BATCH_PATTERN},
+        description="a name that several edits share, to find them and to revert them together",
+        examples=["corrections-2026-11"],
+    ),
+    _matches(
+        BATCH_PATTERN, "must have letters, digits, `.`, `_` and `-` only, and begin with a letter or digit."
+    ),
 ]
 
 
@@ -412,6 +453,7 @@ class EditRequest(StatedForm):
         "the edit changes; {}: none",
     )
     guard: Guard = Field(default_factory=Guard)
+    batch: BatchName | None = None
     dry_run: bool = Field(False, description="evaluate the edit without applying it")
     try_layers: bool = Field(
         False,
@@ -484,8 +526,54 @@ class EditRequest(StatedForm):
         return self
 
 
+MAX_EDITS = 1000  #: of one request
+
+
 class EditListRequest(RequestModel):
-    edits: list[EditRequest] = Field(min_length=1, max_length=1000, fail_fast=True)
+    edits: list[EditRequest] = Field(min_length=1, max_length=MAX_EDITS, fail_fast=True)
+    batch: BatchName | None = Field(None, description="the batch of the edits that name none")
+
+    def requests(self) -> list[EditRequest]:
+        """Return the edits, each with its batch."""
+        return [e if e.batch else e.model_copy(update={"batch": self.batch}) for e in self.edits]
+
+
+class EditTableRequest(RequestModel):
+    """Edits as the text of a CSV file."""
+
+    csv: str = Field(
+        min_length=1,
+        max_length=MAX_TABLE,
+        description="a header and one edit per line: subject, prompt, target_new, and if wanted target_true, paraphrases, "
+        "neighborhood.prompt and neighborhood.target; separated by commas, semicolons or tabs",
+        examples=["subject,prompt,target_new\nEiffel Tower,The {} is located in the city of,Rome\n"],
+    )
+    columns: dict[str, Annotated[list[Label], Field(min_length=1, max_length=64)]] = Field(
+        default_factory=dict,
+        max_length=16,
+        description="the columns of a field, by its name, where they have other names; paraphrases may have several",
+    )
+
+
+class RevertRequest(RequestModel):
+    """Edits that are reverted together: by their ids, or all of a batch."""
+
+    edits: list[Annotated[str, Field(min_length=1, max_length=64)]] | None = Field(
+        None, min_length=1, max_length=MAX_EDITS, fail_fast=True, description="ids of edits"
+    )
+    batch: BatchName | None = Field(None, description="all edits of this batch")
+
+    @model_validator(mode="after")
+    def _check_one_selection(self) -> RevertRequest:
+        if (self.edits is None) == (self.batch is None):
+            raise ValueError("give either `edits` or `batch`")
+        return self
+
+
+class VersionNameRequest(RequestModel):
+    """The version that a name shall mean."""
+
+    version: Version = "head"
 
 
 #: suites of an evaluation (`service/evaluation/suites/registry.py`)

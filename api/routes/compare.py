@@ -66,7 +66,7 @@ async def compare_versions(
     """Generate text from both versions and compare their next-token distributions."""
     await quota.charge(services.generation.count_tokens(body))
     rendered = body
-    if body.messages is not None:
+    if services.generation.needs_rendering(body):
         rendered = await run_on_body(request, services.generation.render_comparison, body)
     channel = await run_on_body(request, services.generation.compare, rendered, quota.caller)
     call = EngineCall("compare", channel, rendered, services, broker, quota.caller)

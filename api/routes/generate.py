@@ -92,7 +92,7 @@ async def generate_text(
     """
     await quota.charge(services.generation.count_tokens(body))
     rendered = body
-    if body.messages is not None:
+    if services.generation.needs_rendering(body):
         rendered = await run_on_body(request, services.generation.render_generation, body)
     channel = await run_on_body(request, services.generation.generate, rendered, quota.caller)
     call = EngineCall("generate", channel, rendered, services, broker, quota.caller)

@@ -10,6 +10,7 @@ from pydantic import Field
 from api.dependencies import PageCursor, PageLimit, ResourceModel, ServicesDep, Timestamp, bearer_scheme
 from api.errors import problem_responses
 from api.protected_route import ProtectedRoute
+from service.schemas import VersionText
 
 router = APIRouter(tags=["ledger"], route_class=ProtectedRoute, dependencies=[bearer_scheme])
 
@@ -66,7 +67,7 @@ def list_ledger_entries(
     cursor: PageCursor = None,
     limit: PageLimit = 50,
     version: Annotated[
-        int | None, Query(ge=0, lt=2**63, description="only entries up to this version")
+        VersionText | None, Query(description="only entries up to this version: a number or a name")
     ] = None,
     order: Annotated[
         Literal["oldest", "newest"],
@@ -74,6 +75,58 @@ def list_ledger_entries(
     ] = "oldest",
 ) -> Any:
     return services.ledger.page(cursor, limit, version, newest_first=order == "newest")
+
+
+class DiffSide(ResourceModel):
+    """An edit that is active at a version."""
+
+    edit_id: str
+    version: int = Field(description="the version that applied the edit")
+    actor: str
+    at: Timestamp
+    objective: str | None = None
+    target_new: str | None = None
+    target_true: str | None = None
+    resolved_true: str | None = Field(None, description="the true object that the model said")
+    method: str | None = None
+
+
+class FactChange(ResourceModel):
+    """A fact whose active edit differs between two versions."""
+
+    change: Literal["added", "removed", "replaced"]
+    subject: str
+    prompt: str
+    messages: list[dict[str, Any]] | None = Field(
+        None, description="of a conversation, in place of the prompt"
+    )
+    before: DiffSide | None = Field(description="the edit at the first version; null if there is none")
+    after: DiffSide | None = Field(description="the edit at the second version; null if there is none")
+
+
+class VersionComparison(ResourceModel):
+    before: int = Field(description="number of the first version")
+    after: int = Field(description="number of the second version")
+    items: list[FactChange]
+    next: str | None = Field(None, description="cursor of the next page; null on the last page")
+
+
+@router.get(
+    "/ledger/diff",
+    response_model=VersionComparison,
+    summary="List the facts that differ between two versions",
+    responses=problem_responses(422, 500, 503),
+)
+def diff_versions(
+    services: ServicesDep,
+    before: Annotated[VersionText, Query(description="the first version: a number or a name")],
+    after: Annotated[VersionText, Query(description="the second version: a number or a name")] = "head",
+    cursor: PageCursor = None,
+    limit: PageLimit = 50,
+) -> Any:
+    """Return what is active for each fact at both versions, where it is not the same edit. A page ends at a number of
+    subjects."""
+    return services.version_diff.page(before, after, cursor, limit)
 
 
 @router.get(

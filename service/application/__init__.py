@@ -20,6 +20,8 @@ from service.application.ledger import LedgerService
 from service.application.models import ModelService
 from service.application.served_model import ServedModel
 from service.application.traces import TraceService
+from service.application.version_diff import VersionDiff
+from service.application.version_names import VersionNameService
 from service.db.database import Database
 from service.jobs.broker import Broker
 from service.jobs.job_kinds import JOB_KINDS
@@ -46,3 +48,5 @@ class Services:
         self.jobs = JobService(database, broker)
         self.generation = GenerationService(database, broker, settings, served_model)
         self.ledger = LedgerService(database)
+        self.version_names = VersionNameService(database)
+        self.version_diff = VersionDiff(database)

@@ -16,11 +16,11 @@ from service.application.caller import DEFAULT_LIMITS, CallerLimits
 from service.application.job_queue import Idempotency, get_job, new_job_row, save_idempotency_key
 from service.application.job_resource import JobResourceService
 from service.application.served_model import get_served_model
+from service.application.version_names import find_version
 from service.db.models import Job, Model, StoredFactors
 from service.errors import Conflict, InvalidInput
 from service.jobs import artifacts, views
 from service.jobs.views import OPEN_STATUSES, ResourceDict
-from service.kit.versions import resolve_version
 from service.ledger import ledger
 from service.methods.method import EditMethod
 from service.methods.registry import DEFAULT_METHOD, METHODS
@@ -224,8 +224,7 @@ def _gate_space_sizes(session: Session, gated_edits: Sequence[str]) -> dict[str,
 
 def _active_entries_at(session: Session, model: Model, version: Version) -> tuple[int, list[ledger.Entry]]:
     """Return the number of a version, and the entries of the edits active at it."""
-    head = ledger.head(session, model.fingerprint)
-    number = resolve_version(version, head)
+    number = find_version(session, model, version)
     return number, ledger.active_entries(ledger.entries(session, model.fingerprint, up_to=number))
 
 

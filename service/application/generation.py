@@ -13,18 +13,20 @@ from service.application.caller import Caller
 from service.application.costs import generation_tokens, new_tokens
 from service.application.served_model import ServedModel, get_served_model
 from service.application.validation import validate_generation
+from service.application.version_names import find_version, names_of
 from service.db.database import Database
 from service.db.models import LedgerEntry, Model
 from service.errors import InvalidInput, QueueFull
 from service.jobs.broker import Broker
 from service.kit import crash_points
 from service.kit.ids import request_id
-from service.kit.versions import format_model_id, parse_model_id, resolve_version
-from service.ledger import ledger
+from service.kit.versions import format_model_id, is_given_name, parse_model_id, resolve_version
+from service.ledger import ledger, version_names
 from service.schemas import (
     CompareRequest,
     ContinuedText,
     GenerateRequest,
+    Version,
     WorkerCompareRequest,
     WorkerGenerateRequest,
 )
@@ -83,17 +85,39 @@ class GenerationService:
                 encoder.check(text)
         return self._send_call("generate", request, caller)
 
-    def render_generation(self, request: GenerateRequest) -> WorkerGenerateRequest:
+    @staticmethod
+    def needs_rendering(request: GenerateRequest | CompareRequest) -> bool:
+        """Whether a request has messages, or a name of a version, in place of what workers read. Does not block."""
+        return request.messages is not None or any(map(is_given_name, _versions_of(request)))
+
+    def render_generation(self, request: GenerateRequest) -> GenerateRequest:
+        """Return a request as workers read it: with the tokens of its conversation, and the number of its version."""
+        (version,) = self._numbered(_versions_of(request), "version")
+        rendered = request if request.messages is None else self._with_tokens(request)
+        return rendered.model_copy(update={"version": version})
+
+    def render_comparison(self, request: CompareRequest) -> CompareRequest:
+        """Return a request as workers read it: with the tokens of its conversation, and the numbers of its versions."""
+        versions = self._numbered(_versions_of(request), "versions")
+        if request.messages is None:
+            return request.model_copy(update={"versions": versions})
+        text, tokens, end_token_ids = self._render(request)
+        fields = request.model_dump(exclude={"messages", "continue_final_message"}) | {"versions": versions}
+        return WorkerCompareRequest(**fields, text=text, tokens=tokens, end_token_ids=end_token_ids)
+
+    def _numbered(self, versions: Sequence[Version], field: str) -> tuple[Version, ...]:
+        """Return versions with numbers for names. A worker finds the number of "head" when it admits the call."""
+        if not any(map(is_given_name, versions)):
+            return tuple(versions)
+        with self.database.read_session() as session:
+            model = get_served_model(session)
+            return tuple(find_version(session, model, v, field) if is_given_name(v) else v for v in versions)
+
+    def _with_tokens(self, request: GenerateRequest) -> WorkerGenerateRequest:
         """Return a request with the tokens of its conversation in the place of `messages`."""
         _, tokens, end_token_ids = self._render(request)
         fields = request.model_dump(exclude={"messages", "continue_final_message"})
         return WorkerGenerateRequest(**fields | {"tokens": [tokens], "end_token_ids": end_token_ids})
-
-    def render_comparison(self, request: CompareRequest) -> WorkerCompareRequest:
-        """Return a request with the tokens of its conversation in the place of `messages`."""
-        text, tokens, end_token_ids = self._render(request)
-        fields = request.model_dump(exclude={"messages", "continue_final_message"})
-        return WorkerCompareRequest(**fields, text=text, tokens=tokens, end_token_ids=end_token_ids)
 
     def _render(self, request: ContinuedText) -> tuple[str, list[int], list[int]]:
         """Return the text of a conversation, its tokens, and the tokens that end the answer."""
@@ -115,25 +139,28 @@ class GenerationService:
         here, so that another worker that starts again produces the same text.
         """
         model, encoder, head = self.served_model.current()
-        version = parse_model_id(name, model.name, head)
+        with self.database.read_session() as session:
+            version = parse_model_id(name, model.name, head, names_of(session, model))
+            (model_version,) = _version_names(
+                session, model, [(format_model_id(model.name, version), version)]
+            )
         self._check_max_new_tokens(request, length_field)
         if request.messages is None:
             validate_generation(request, encoder)
         else:
-            request = self.render_generation(request)
-        with self.database.read_session() as session:
-            (model_version,) = _version_names(
-                session, model, [(format_model_id(model.name, version), version)]
-            )
+            request = self._with_tokens(request)
         request = request.model_copy(update={"version": version})
         return PendingGeneration(self._send_call("generate", request, caller), request, model_version)
 
-    def list_version_names(self, recent: int = 20) -> list[ModelVersionName]:
-        """Return the model names of the newest version, the base model, and the `recent` newest versions by number."""
+    def list_version_names(self, recent: int = 20, most_names: int = 100) -> list[ModelVersionName]:
+        """Return the model names of the newest version, the base model, the first `most_names` versions with a given
+        name, and the `recent` newest versions by number."""
         with self.database.read_session() as session:
             model = get_served_model(session)
             head = ledger.head(session, model.fingerprint)
             always = [(model.name, head), (f"{model.name}@head", head), (f"{model.name}@base", 0)]
+            given = version_names.list_names(session, model.fingerprint, limit=most_names)
+            always += [(format_model_id(model.name, row.name), row.version) for row in given]
             numbers = range(head, max(head - recent, -1), -1)
             return _version_names(
                 session, model, [*always, *((format_model_id(model.name, v), v) for v in numbers)]
@@ -143,7 +170,8 @@ class GenerationService:
         """Return the version that a model name currently means."""
         with self.database.read_session() as session:
             model = get_served_model(session)
-            version = parse_model_id(name, model.name, ledger.head(session, model.fingerprint))
+            head = ledger.head(session, model.fingerprint)
+            version = parse_model_id(name, model.name, head, names_of(session, model))
             return _version_names(session, model, [(name, version)])[0]
 
     def compare(self, request: CompareRequest, caller: Caller = NOBODY) -> str:
@@ -206,6 +234,10 @@ class GenerationService:
         cost = self.count_tokens(request) / caller.limits.weight
         payload = request.model_dump(mode="json")
         return self.broker.send_call(kind, payload, request_id.get(), channel, caller.actor, cost)
+
+
+def _versions_of(request: GenerateRequest | CompareRequest) -> Sequence[Version]:
+    return (request.version,) if isinstance(request, GenerateRequest) else request.versions
 
 
 def _version_names(

@@ -11,6 +11,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session, defer
 
 from service.application.caller import DEFAULT_LIMITS, CallerLimits
 from service.application.costs import job_cost
+from service.application.reverts import cancel_or_revert, lock_edits
 from service.application.served_model import get_served_model
 from service.db.database import Database
 from service.db.models import IdempotencyKey, Job, Model, now
@@ -25,6 +26,7 @@ from service.kit.ids import new_id, prefix_of, request_id
 from service.kit.pagination import decode_cursor, encode_cursor, validate_limit
 from service.ledger import audit, ledger
 from service.ledger.audit_coverage import EDIT
+from service.schemas import RevertRequest
 from service.settings import Settings
 
 #: an Idempotency-Key and the fingerprint of its request body
@@ -141,17 +143,18 @@ class JobQueue:
         with self.database.read_session() as session:
             return views.serialize_job(session, get_job(session, kind, job_id))
 
-    def page(self, kind: str, cursor: str | None, limit: int, **filters: str | None) -> ResourceDict:
-        """Return {"items": jobs of a kind, newest first, "next": cursor or None}; `filters` are values of columns."""
+    def page(
+        self, kind: str, cursor: str | None, limit: int, conditions: Sequence[ColumnElement[bool]] = ()
+    ) -> ResourceDict:
+        """Return {"items": jobs of a kind, newest first, "next": cursor or None}; `conditions` select them."""
         validate_limit(limit)
         before = decode_cursor(cursor, str)
         with self.database.read_session() as session:
             shows_result = not JOB_KINDS[kind].list_serializer
             query = select(Job) if shows_result else without_columns(Job.result)
-            query = query.where(Job.model == get_served_model(session).fingerprint, Job.kind == kind)
-            for name, value in filters.items():
-                if value is not None:
-                    query = query.where(getattr(Job, name) == value)
+            query = query.where(
+                Job.model == get_served_model(session).fingerprint, Job.kind == kind, *conditions
+            )
             if before is not None:
                 query = query.where(Job.id < before)
             columns = (Job.request, Job.result) if shows_result else (Job.request,)
@@ -167,13 +170,43 @@ class JobQueue:
             ledger.lock_ledger(session, unlocked.model)
             job = lock_job(session, unlocked)
             previous_status = job.status
-            _apply_cancel_or_revert(session, job, actor)
+            cancel_or_revert(session, [job], actor)
             view = views.serialize_job(session, job)
             crash_points.crash_point("revert.before_commit")
         crash_points.crash_point("revert.after_commit")
         with ignoring_broker_outage(job_id):
             self._announce(previous_status, view)
         return view
+
+    def revert_edits(self, request: RevertRequest, actor: str) -> ResourceDict:
+        """Revert several edits of the served model in one transaction, and cancel those that are not applied yet.
+
+        Return the newest version and the ids of the edits by what was done with them. Raises NotFound, with nothing
+        changed, if one of them does not exist.
+        """
+        with self.database.write_session() as session:
+            model = get_served_model(session)
+            # the ledger is locked before the rows, as in JobStore.commit_edit: no deadlock
+            ledger.lock_ledger(session, model.fingerprint)
+            changes = cancel_or_revert(session, lock_edits(session, model, request), actor)
+            head = ledger.head(session, model.fingerprint)
+            crash_points.crash_point("revert.before_commit")
+        crash_points.crash_point("revert.after_commit")
+        for job_id in changes.cancelled:
+            with ignoring_broker_outage(job_id):
+                self._announce("queued", self.get(EDIT, job_id))
+        for job_id in changes.stopping:
+            with ignoring_broker_outage(job_id):
+                self.broker.cancel(job_id)
+        if changes.reverted:
+            with ignoring_broker_outage(changes.reverted[0]):
+                self.broker.wake()  # workers follow the new head
+        return {
+            "version": head,
+            "reverted": changes.reverted,
+            "cancelled": sorted([*changes.cancelled, *changes.stopping]),
+            "unchanged": changes.unchanged,
+        }
 
     def _announce(self, previous_status: str, job: ResourceDict) -> None:
         if previous_status == "queued":
@@ -215,28 +248,6 @@ def lock_job(session: Session, job: Job) -> Job:
     if locked is None:
         raise job_not_found(job.kind, job.id)
     return locked
-
-
-def _apply_cancel_or_revert(session: Session, job: Job, actor: str) -> None:
-    """Cancel or revert a job, depending on its status."""
-    if job.status == "queued":
-        job.status, job.ended, job.updated, job.cancelled_by = "cancelled", now(), now(), actor
-        artifacts.delete_artifacts(session, job)
-        if job.kind == EDIT:
-            audit.append(session, EDIT, [(job.id,)])
-    elif job.status == "running" and not job.cancel_requested:
-        job.cancel_requested, job.updated, job.cancelled_by = True, now(), actor
-    elif job.status in ("applied", "superseded") and job.version is not None:
-        ledger.append_entry(session, job.model, ledger.REVERT, job, actor, _revert_body(job))
-    session.flush()
-
-
-def _revert_body(job: Job) -> dict[str, Any]:
-    return {
-        "subject": job.request["subject"],
-        "prompt": job.request["prompt"],
-        "applied_version": job.version,
-    }
 
 
 def new_job_row(kind: str, model: Model, request: dict[str, Any], actor: str) -> dict[str, Any]:

@@ -54,9 +54,9 @@ class JobResourceService:
         """Return a job. Raises NotFound if no job of this kind has the id."""
         return self.queue.get(self.kind.name, job_id)
 
-    def page(self, cursor: str | None = None, limit: int = 50, **filters: str | None) -> ResourceDict:
-        """Return {"items": newest first, "next": cursor or None}; `filters` are values of columns."""
-        return self.queue.page(self.kind.name, cursor, limit, **filters)
+    def page(self, cursor: str | None = None, limit: int = 50) -> ResourceDict:
+        """Return {"items": newest first, "next": cursor or None}."""
+        return self.queue.page(self.kind.name, cursor, limit)
 
     def cancel(self, job_id: str, actor: str = "") -> ResourceDict:
         """Cancel a queued or running job, or revert an applied edit. Has no effect on any other job."""

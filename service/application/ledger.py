@@ -13,12 +13,12 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from service.application.served_model import get_served_model
+from service.application.version_names import find_version
 from service.db.database import Database
 from service.db.models import Attestation, LedgerEntry
 from service.errors import InvalidInput, QueueFull
 from service.jobs.views import ResourceDict
 from service.kit.pagination import decode_cursor, encode_cursor, validate_limit
-from service.kit.versions import resolve_version
 from service.ledger import ledger
 from service.ledger.audit_verify import (
     RecordChain,
@@ -30,6 +30,7 @@ from service.ledger.audit_verify import (
 )
 from service.ledger.head_file import HeadFile
 from service.ledger.verify import LedgerFinding, VerifiedFactors, VerifiedStates, verify_ledger
+from service.schemas import Version
 
 MAX_VERIFICATIONS = 3  #: verifications of a process that run or wait; more are rejected
 MAX_FINDINGS = 1000  #: findings that a verification returns
@@ -56,7 +57,7 @@ class LedgerService:
         self,
         cursor: str | None = None,
         limit: int = 50,
-        version: int | None = None,
+        version: Version | None = None,
         newest_first: bool = False,
     ) -> ResourceDict:
         """Return {"items": entries, "next": cursor or None, "head"}; with `version` only entries up to it."""
@@ -64,15 +65,12 @@ class LedgerService:
         last_version = decode_cursor(cursor, int)
         with self.database.read_session() as session:
             model = get_served_model(session)
-            if version is not None:
-                resolve_version(version, ledger.head(session, model.fingerprint))
+            up_to = None if version is None else find_version(session, model, version)
             if newest_first:
-                before = version + 1 if last_version is None and version is not None else last_version
+                before = up_to + 1 if last_version is None and up_to is not None else last_version
                 page_entries = ledger.newest_entries(session, model.fingerprint, before, limit + 1)
             else:
-                page_entries = ledger.entries(
-                    session, model.fingerprint, last_version or 0, version, limit + 1
-                )
+                page_entries = ledger.entries(session, model.fingerprint, last_version or 0, up_to, limit + 1)
             items = [entry.as_dict() for entry in page_entries[:limit]]
             next_cursor = (
                 encode_cursor(page_entries[limit - 1].version) if len(page_entries) > limit else None

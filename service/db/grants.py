@@ -15,7 +15,7 @@ from service.errors import Misconfigured
 
 READ_ONLY_TABLES = ("alembic_version",)
 APPEND_ONLY_TABLES = ("audit_records", "factors", "gate_spaces", "ledger")
-TABLES_WITHOUT_DELETE = ("api_keys", "models")
+TABLES_WITHOUT_DELETE = ("api_keys", "models", "version_names")
 
 
 def grant_to_role(database: Database, role: str, password: str | None = None) -> None:

@@ -108,6 +108,7 @@ class Job(Base):
         Index(None, "model", "status"),
         Index(None, "model", "subject"),
         Index(None, "model", "created"),
+        Index(None, "model", "batch"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -139,6 +140,8 @@ class Job(Base):
     exhausted: Mapped[bool] = mapped_column(
         default=False
     )  #: whether it failed because all its attempts were used; it can be retried by hand
+    batch: Mapped[str | None]  #: the name that several edits share
+    search_text: Mapped[str | None]  #: what a search of edits reads (`service/kit/search_text.py`)
 
 
 class StoredFactors(Base):
@@ -200,6 +203,20 @@ class LedgerHead(Base):
     version: Mapped[int]
     hash: Mapped[str]
     active: Mapped[dict[str, Any]]  #: edit id -> [sha256 of its factors, its strength]
+
+
+class VersionName(Base):
+    """The name of a version. A deleted name stays as a row, so that its audit record stays valid."""
+
+    __tablename__ = "version_names"
+
+    model: Mapped[str] = mapped_column(ForeignKey("models.fingerprint"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[int]
+    actor: Mapped[str]
+    created: Mapped[datetime]
+    deleted: Mapped[datetime | None]
+    deleted_by: Mapped[str | None]
 
 
 class AuditRecord(Base):

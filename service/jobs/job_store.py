@@ -25,6 +25,7 @@ from service.jobs.views import OPEN_STATUSES, ResourceDict, serialize_job
 from service.jobs.worker_session import WorkerSession
 from service.kit import crash_points, metrics
 from service.kit.ids import prefix_of
+from service.kit.search_text import search_text
 from service.kit.steps import Progress
 from service.ledger import audit, ledger
 from service.ledger.audit_coverage import EDIT
@@ -335,6 +336,8 @@ def _end_row(
 ) -> ResourceDict:
     if job.kind == "trace" and result is not None:
         job.version = result.get("version")
+    if job.kind == EDIT and result is not None:
+        job.search_text = search_text(job.request, result)
     job.status, job.result, job.error = status, to_json_value(result), error
     job.progress = None
     job.ended = job.updated = now()

@@ -126,6 +126,7 @@ def _serialize_edit(job: Job, related: list[str], superseded_by: str | None) -> 
         "continue_final_message": request.get("continue_final_message", False),
         "objective": request.get("objective", "write"),
         "on_conflict": request.get("on_conflict", "report"),
+        "batch": job.batch,
         "dry_run": job.dry_run,
         "origin": request.get("origin"),
         "version": job.version,

@@ -7,6 +7,8 @@ from typing import Any
 
 #: the alternatives of a value that is a text or a conversation, in the paths of pydantic
 TEXT_TAG, CONVERSATION_TAG = "<text>", "<conversation>"
+NUMBER_TAG = "<number>"  #: of a value that is a number or a text
+_TAGS = (TEXT_TAG, CONVERSATION_TAG, NUMBER_TAG)
 #: messages that replace those of pydantic, by its error type
 _MESSAGES_BY_TYPE = {
     "missing": "is missing: add it.",
@@ -46,7 +48,7 @@ def validation_messages(errors: Iterable[Mapping[str, Any]]) -> list[dict[str, s
 
 def _field_path(loc: Sequence[Any]) -> str:
     """Return `edits.0.version` for ("body", "many", "edits", 0, "version", "int")."""
-    location, *path = (str(part) for part in loc if part not in (TEXT_TAG, CONVERSATION_TAG))
+    location, *path = (str(part) for part in loc if part not in _TAGS)
     if location == "body" and path[:1] in (["one"], ["many"]):
         path = path[1:]
     while path and (path[-1] in ("int", "float", "str") or path[-1].startswith(("literal[", "constrained-"))):

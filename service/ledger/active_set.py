@@ -6,12 +6,11 @@ every version in turn, in time that depends on what an entry changes.
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from service.ledger.ledger import APPLY, Entry, canonical_json, weights_key
+from service.ledger.ledger import APPLY, Entry, canonical_json, hash_encoded_state, weights_key
 
 
 class ActiveSet:
@@ -68,7 +67,6 @@ def state_hashes(fingerprint: str, chain: Sequence[Entry], after: int = 0) -> It
 
     Each equals `state_hash` of the active entries of that version. Every edit is encoded once.
     """
-    beginning = canonical_json([fingerprint])[:-1] + b",["
     encoded: dict[str, bytes] = {}
     active = ActiveSet()
     for entry in chain:
@@ -76,5 +74,4 @@ def state_hashes(fingerprint: str, chain: Sequence[Entry], after: int = 0) -> It
             encoded[entry.edit_id] = canonical_json(weights_key(entry))
         active.add(entry)
         if entry.version > after:
-            content = beginning + b",".join(encoded[edit] for edit in active.ids) + b"]]"
-            yield entry, hashlib.sha256(content).hexdigest()
+            yield entry, hash_encoded_state(fingerprint, (encoded[edit] for edit in active.ids))

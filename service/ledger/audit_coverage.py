@@ -18,9 +18,10 @@ from typing import Any
 from sqlalchemy import ColumnElement, Select, Text, case, or_, select, true, tuple_, type_coerce
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from service.db.models import ApiKey, Attestation, Job, JsonText, LedgerEntry
+from service.db.models import ApiKey, Attestation, Job, JsonText, LedgerEntry, VersionName
 
 LEDGER, EDIT, ATTESTATION, API_KEY = "ledger", "edit", "attestation", "key"
+VERSION_NAME = "version_name"
 PAGE_SIZE = 1000  #: audit records that one statement reads at most
 ROWS_PER_PAGE = 16  #: rows that are read at once for their digests; a job has up to a megabyte
 
@@ -70,6 +71,7 @@ _OUTCOME = (
 )  # fmt: skip
 #: the status of an edit follows from the ledger once it is applied
 _STATUS = case((_STILL_OPEN, "open"), (Job.version.is_not(None), "applied"), else_=Job.status)
+_EDIT = (*_SUBMISSION, _STATUS, *map(_after_end, _OUTCOME))
 _ENTRY = (
     LedgerEntry.model, LedgerEntry.version, LedgerEntry.kind, LedgerEntry.edit_id, LedgerEntry.actor, LedgerEntry.at,
     LedgerEntry.body, LedgerEntry.state, LedgerEntry.previous, LedgerEntry.hash,
@@ -82,18 +84,23 @@ _API_KEY = (
     ApiKey.id, ApiKey.name, ApiKey.digest, ApiKey.scopes, ApiKey.requests_per_minute, ApiKey.tokens_per_minute,
     ApiKey.max_queued, ApiKey.max_concurrent, ApiKey.weight, ApiKey.created, ApiKey.revoked,
 )  # fmt: skip
+_VERSION_NAME = (
+    VersionName.model, VersionName.name, VersionName.version, VersionName.actor, VersionName.created,
+    VersionName.deleted, VersionName.deleted_by,
+)  # fmt: skip
 
 COVERAGE: dict[str, Coverage] = {
     LEDGER: Coverage((LedgerEntry.model, LedgerEntry.version), {1: _ENTRY}, true()),
     EDIT: Coverage(
         (Job.id,),
-        {1: (*_SUBMISSION, _STATUS, *map(_after_end, _OUTCOME))},
+        {1: _EDIT, 2: (*_EDIT, Job.batch, _after_end(Job.search_text))},
         or_(Job.kind == "edit", Job.id.startswith("edit_", autoescape=True)),
     ),
     ATTESTATION: Coverage(
         (Attestation.model, Attestation.version, Attestation.worker), {1: _ATTESTATION}, true()
     ),
     API_KEY: Coverage((ApiKey.id,), {1: _API_KEY}, true()),
+    VERSION_NAME: Coverage((VersionName.model, VersionName.name), {1: _VERSION_NAME}, true()),
 }
 
 

@@ -20,6 +20,7 @@ from service.ledger.audit_coverage import (
     EDIT,
     LEDGER,
     PAGE_SIZE,
+    VERSION_NAME,
     format_of,
     row_digests,
 )
@@ -31,9 +32,10 @@ NAMES = {
     EDIT: "edit",
     ATTESTATION: "attestation",
     API_KEY: "API key",
+    VERSION_NAME: "name of a version",
 }
 #: where a finding about the rows of a kind is
-PLACES = {LEDGER: "chain", EDIT: "edits", ATTESTATION: "replicas", API_KEY: "keys"}
+PLACES = {LEDGER: "chain", EDIT: "edits", ATTESTATION: "replicas", API_KEY: "keys", VERSION_NAME: "names"}
 
 #: public key, hash and signature of records whose signatures were verified: whether a signature is valid depends on
 #: these three alone

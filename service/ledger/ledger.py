@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Connection, func, insert, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from service.db.models import (
     Job,
@@ -33,6 +33,7 @@ from service.ledger.audit_coverage import LEDGER
 
 APPLY, REVERT = "apply", "revert"
 GENESIS_HASH = "0" * 64  #: the previous hash of the first entry
+VALUES_AT_ONCE = 500  #: subjects that one statement compares with
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def state_hash(fingerprint: str, active_entries: Iterable[Entry]) -> str:
 
     These are the base model's fingerprint and the factors and the strength of each active edit, in canonical order.
     """
-    return _hash_state(fingerprint, (weights_key(e) for e in active_entries))
+    return hash_encoded_state(fingerprint, (canonical_json(weights_key(e)) for e in active_entries))
 
 
 def weights_key(entry: Entry) -> list[Any]:
@@ -118,8 +119,10 @@ def weights_key(entry: Entry) -> list[Any]:
     return [entry.body.get("factors_sha256"), entry.body.get("strength")]
 
 
-def _hash_state(fingerprint: str, weights_keys: Iterable[Sequence[Any]]) -> str:
-    return hashlib.sha256(canonical_json([fingerprint, list(weights_keys)])).hexdigest()
+def hash_encoded_state(fingerprint: str, encoded: Iterable[bytes]) -> str:
+    """Return the state hash of a version whose edits are given as the JSON of what each contributes."""
+    beginning = canonical_json([fingerprint])[:-1] + b",["
+    return hashlib.sha256(beginning + b",".join(encoded) + b"]]").hexdigest()
 
 
 # reading
@@ -194,35 +197,54 @@ def lock_ledger(session: Session, model: str) -> int:
 def append_entry(
     session: Session, model: str, kind: str, edit: Job, actor: str, body: dict[str, Any]
 ) -> Entry:
-    """Add the next version and update the statuses of the edits of its subject. The caller holds the lock.
+    """Add the next version and update the statuses of the edits of its subject. The caller holds the lock."""
+    return append_entries(session, model, kind, [(edit, body)], actor)[0]
+
+
+def append_entries(
+    session: Session, model: str, kind: str, edits: Sequence[tuple[Job, dict[str, Any]]], actor: str
+) -> list[Entry]:
+    """Add a version for each edit and its body, in this order, and update the statuses of the edits of their subjects.
+    The caller holds the lock.
 
     Whether an edit is active depends on the entries of its subject alone. So this reads the newest entry, the row of
-    `ledger_heads`, and the entries of one subject, however long the ledger is.
+    `ledger_heads`, and the entries of these subjects, however long the ledger is.
     """
     newest = next(iter(newest_entries(session, model, limit=1)), None)
     head_row = session.get(LedgerHead, model, populate_existing=True)
-    subject_entries = _entries_of_subject(session, model, edit.subject)
-    previous, version = (newest.hash, newest.version + 1) if newest else (GENESIS_HASH, 1)
-    body = json.loads(canonical_json(body))
-    draft = Entry(model, version, kind, edit.id, actor, now(), body, "", previous, "")
-    active_of_subject = active_entries([*subject_entries, draft])
     active = dict(_active_at_head(session, model, newest, head_row))
-    for entry in subject_entries:
-        active.pop(entry.edit_id, None)
-    active |= {e.edit_id: weights_key(e) for e in active_of_subject}
-    draft = replace(draft, state=_hash_state(model, (active[edit_id] for edit_id in sorted(active))))
-    entry = replace(draft, hash=chain_hash(previous, draft))
-    session.add(LedgerEntry(**{name: getattr(entry, name) for name in ENTRY_FIELDS}))
-    session.merge(LedgerHead(model=model, version=version, hash=entry.hash, active=active))
-    if kind == APPLY:
-        edit.version = version
-    else:
-        edit.reverted_version = version
+    encoded = {edit_id: canonical_json(key) for edit_id, key in active.items()}
+    of_subject = entries_by_subject(session, model, {edit.subject for edit, _ in edits})
+    previous, version = (newest.hash, newest.version) if newest else (GENESIS_HASH, 0)
+    appended: list[Entry] = []
+    for edit, body in edits:
+        version, subject_entries = version + 1, of_subject[edit.subject]
+        draft = Entry(
+            model, version, kind, edit.id, actor, now(), json.loads(canonical_json(body)), "", previous, ""
+        )
+        for entry in subject_entries:
+            active.pop(entry.edit_id, None)
+        subject_entries.append(draft)
+        changed = {e.edit_id: weights_key(e) for e in active_entries(subject_entries)}
+        active |= changed
+        encoded |= {edit_id: canonical_json(key) for edit_id, key in changed.items()}
+        draft = replace(
+            draft, state=hash_encoded_state(model, (encoded[edit_id] for edit_id in sorted(active)))
+        )
+        entry = replace(draft, hash=chain_hash(previous, draft))
+        session.add(LedgerEntry(**{name: getattr(entry, name) for name in ENTRY_FIELDS}))
+        if kind == APPLY:
+            edit.version = version
+        else:
+            edit.reverted_version = version
+        appended.append(entry)
+        previous = entry.hash
+    session.merge(LedgerHead(model=model, version=version, hash=previous, active=active))
     session.flush()
-    update_statuses(session, edit, {e.edit_id for e in active_of_subject})
-    head_fields = {"model": model, "version": version, "hash": entry.hash}
-    audit.append(session, LEDGER, [(model, version)], head_fields)
-    return entry
+    _update_statuses(session, model, list(of_subject), active.keys())
+    head_fields = {"model": model, "version": version, "hash": previous}
+    audit.append(session, LEDGER, [(model, entry.version) for entry in appended], head_fields)
+    return appended
 
 
 def active_edits(entries: Sequence[Entry]) -> ActiveEdits:
@@ -241,30 +263,44 @@ def _active_at_head(
     return active_edits(entries(session, model))
 
 
-def _entries_of_subject(session: Session, model: str, subject: str) -> list[Entry]:
-    """Return the entries of all edits of one subject, oldest first."""
-    query = (
-        select(LedgerEntry)
-        .join(Job, Job.id == LedgerEntry.edit_id)
-        .where(LedgerEntry.model == model, Job.model == model, Job.subject == subject)
-    )
-    return [_entry(row) for row in session.scalars(query.order_by(LedgerEntry.version))]
+def entries_by_subject(
+    session: Session, model: str, subjects: Collection[str], up_to: int | None = None
+) -> dict[str, list[Entry]]:
+    """Return the entries of all edits of each subject with version <= up_to, oldest first."""
+    found: dict[str, list[Entry]] = {subject: [] for subject in subjects}
+    for some in _portions(list(subjects)):
+        query = (
+            select(LedgerEntry, Job.subject)
+            .join(Job, Job.id == LedgerEntry.edit_id)
+            .where(LedgerEntry.model == model, Job.model == model, Job.subject.in_(some))
+        )
+        if up_to is not None:
+            query = query.where(LedgerEntry.version <= up_to)
+        for row, subject in session.execute(query.order_by(LedgerEntry.version)):
+            found[subject].append(_entry(row))
+    return found
 
 
-def update_statuses(session: Session, edit: Job, active_ids: set[str]) -> None:
-    """Set the statuses of all committed edits of one subject: reverted, applied if active, or superseded."""
-    committed = select(Job).where(
-        Job.model == edit.model,
-        Job.kind == edit.kind,
-        Job.subject == edit.subject,
-        Job.version.is_not(None),
-    )
-    for job in session.scalars(committed):
-        status = "applied" if job.id in active_ids else "superseded"
-        if job.reverted_version is not None:
-            status = "reverted"
-        if job.status != status:
-            job.status, job.updated = status, now()
+def _update_statuses(
+    session: Session, model: str, subjects: Sequence[str], active_ids: Collection[str]
+) -> None:
+    """Set the statuses of all committed edits of these subjects: reverted, applied if active, or superseded."""
+    for some in _portions(subjects):
+        committed = select(Job).where(
+            Job.model == model, Job.kind == "edit", Job.subject.in_(some), Job.version.is_not(None)
+        )
+        for job in session.scalars(committed.options(defer(Job.request), defer(Job.result))):
+            status = "applied" if job.id in active_ids else "superseded"
+            if job.reverted_version is not None:
+                status = "reverted"
+            if job.status != status:
+                job.status, job.updated = status, now()
+
+
+def _portions(values: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield values in portions that one statement can have as parameters."""
+    for start in range(0, len(values), VALUES_AT_ONCE):
+        yield values[start : start + VALUES_AT_ONCE]
 
 
 def factors_of(session: Session, edits: Sequence[str]) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from sqlalchemy import select
@@ -11,7 +12,7 @@ from service.db.database import Database
 from service.db.models import Attestation, Model
 from service.errors import DigestMismatch, NotFound
 from service.kit.versions import resolve_version
-from service.ledger import ledger
+from service.ledger import ledger, version_names
 
 
 class ReadOnlyLedger:
@@ -32,7 +33,9 @@ class ReadOnlyLedger:
 
     def resolve_version(self, version: int | str) -> int:
         """Return the number of a version."""
-        return resolve_version(version, self.head())
+        with self.database.read_session() as session:
+            number_of = partial(version_names.number_of, session, self.model)
+            return resolve_version(version, ledger.head(session, self.model), number_of=number_of)
 
     def head(self) -> int:
         """Return the newest version; 0 is the base model."""

@@ -8,6 +8,9 @@ from typing import Any
 #: routes that read JSON, with a limit of 1 MB unless they read records
 JSON_PATHS = (
     "/edits",
+    "/edits/revert",
+    "/edits/preview",
+    "/versions/release-1",
     "/trace",
     "/evaluations",
     "/generate",
@@ -16,6 +19,7 @@ JSON_PATHS = (
     "/v1/completions",
     "/v1/chat/completions",
 )
+PUT_PATHS = ("/versions/release-1",)  #: of these, the ones that are PUT and not POST
 SMALL_LIMIT = 1_000_000  #: bytes, the default of `max_body`
 
 
@@ -38,6 +42,8 @@ def floods(size: int = SMALL_LIMIT) -> dict[str, dict[str, Any]]:
         "placeholders": {"prompt": "{}" * count(400_000), "subject": "x" * count(100_000)},
         "stop": {"stop": ["x"] * count(200_000)},
         "versions": {"versions": [0] * count(300_000)},
+        "lines of a table": {"csv": "subject,prompt,target_new\n" + "x,{} is,y\n" * count(80_000)},
+        "columns of a table": {"csv": "x," * count(440_000)},
         "kinds": {"kinds": ["mlp"] * count(100_000)},
         "messages": {"messages": [{}] * count(300_000)},
         "messages of a probe": {"probes": {"paraphrase": [{"messages": [{}] * count(300_000)}]}},

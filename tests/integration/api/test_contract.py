@@ -63,7 +63,8 @@ def openapi_schema(test_app: TestApp) -> schemathesis.BaseSchema:
 
 OPERATIONS = [
     "POST /edits", "GET /edits", "GET /edits/{id}", "DELETE /edits/{id}", "GET /edits/{id}/delta",
-    "GET /edits/{id}/events", "POST /trace", "GET /trace", "GET /trace/{id}", "DELETE /trace/{id}",
+    "GET /edits/{id}/events", "GET /edits/export", "POST /edits/revert", "POST /edits/preview", "GET /versions",
+    "GET /versions/{name}", "PUT /versions/{name}", "DELETE /versions/{name}", "GET /ledger/diff", "POST /trace", "GET /trace", "GET /trace/{id}", "DELETE /trace/{id}",
     "GET /trace/{id}/events", "POST /evaluations", "GET /evaluations", "GET /evaluations/{id}",
     "DELETE /evaluations/{id}", "GET /evaluations/{id}/events", "POST /generate", "POST /compare", "GET /ledger", "GET /ledger/verify",
     "GET /models", "GET /healthz", "GET /readyz", "GET /metrics", "GET /jobs", "POST /jobs/{id}/retry", "POST /exports", "GET /exports", "GET /exports/{id}",
@@ -124,6 +125,33 @@ def test_answers_about_what_exists_are_as_documented(running_app: TestApp, name:
     ended = client.post(made_at, json=asked, headers={"prefer": "wait=20"}).json()
     answer = operation.Case(path_parameters={"id": ended["id"]}).call_and_validate(checks=CHECKS)
     assert answer.status_code < 300
+
+
+def test_answers_about_batches_and_names_are_as_documented(running_app: TestApp) -> None:
+    """Successful responses about a batch, a table, a name and a difference conform to the OpenAPI document."""
+    schema, client = openapi_schema(running_app), TestClient(running_app.app)
+    client.post("/edits", json=TOWER | {"batch": "wrong"}, headers={"prefer": "wait=20"})
+    table = "subject,prompt,target_new\nNile,{} is,long\nNile,no,long\n"
+    name = {"name": "release-1"}
+    answers = [
+        schema["/edits/export"]["GET"].Case(query={"batch": "wrong"}),
+        schema["/edits/export"]["GET"].Case(query={"batch": "wrong", "format": "json"}),
+        schema["/edits"]["GET"].Case(query={"search": "eiffel", "since": "2026-01-01"}),
+        schema["/edits/preview"]["POST"].Case(body={"csv": table}, media_type="application/json"),
+        *(
+            schema["/versions/{name}"]["PUT"].Case(
+                path_parameters=name, body={}, media_type="application/json"
+            )
+            for _ in range(2)
+        ),
+        schema["/versions"]["GET"].Case(),
+        schema["/versions/{name}"]["GET"].Case(path_parameters=name),
+        schema["/edits/revert"]["POST"].Case(body={"batch": "wrong"}, media_type="application/json"),
+        schema["/ledger/diff"]["GET"].Case(query={"before": "base", "after": "release-1"}),
+        schema["/versions/{name}"]["DELETE"].Case(path_parameters=name),
+    ]
+    statuses = [case.call_and_validate(checks=CHECKS).status_code for case in answers]
+    assert statuses == [200, 200, 200, 200, 201, *[200] * 6]
 
 
 @pytest.mark.parametrize(

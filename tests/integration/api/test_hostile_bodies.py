@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 from api.errors import MAX_REPORTED_ERRORS
 from service.kit import large_json
 from tests.support.application import TestApp
-from tests.support.hostile_bodies import JSON_PATHS, SMALL_LIMIT, encode, floods, record_floods
+from tests.support.hostile_bodies import JSON_PATHS, PUT_PATHS, SMALL_LIMIT, encode, floods, record_floods
 
 SMALLER = SMALL_LIMIT // 8  #: bytes of the bodies whose memory is traced, which takes twenty times as long
 FLOODS = {name: encode(body) for name, body in floods().items()}
@@ -34,13 +34,14 @@ def test_hostile_bodies_are_refused_cheaply(shared_client: TestClient, path: str
     its size."""
     raw, smaller = FLOODS[name], SMALLER_FLOODS[name]
     assert SMALLER < len(raw) < SMALL_LIMIT
-    answer = shared_client.post(path, content=raw, headers=JSON)
+    method = "PUT" if path in PUT_PATHS else "POST"
+    answer = shared_client.request(method, path, content=raw, headers=JSON)
     assert 400 <= answer.status_code < 500
     assert len(answer.content) < 10_000
     assert len(answer.json().get("errors", [])) <= MAX_REPORTED_ERRORS
     tracemalloc.start()
     try:
-        shared_client.post(path, content=smaller, headers=JSON)
+        shared_client.request(method, path, content=smaller, headers=JSON)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -56,9 +56,11 @@ def submit_edit(services: Services) -> Any:
 def applied_edit(submit_edit: Callable[..., Any], worker: WorkerParts) -> Any:
     """Return a function that submits an edit, commits it, and returns its id."""
 
-    def apply_new_edit(*args: Any, **more: Any) -> Any:
+    def apply_new_edit(*args: Any, result: dict[str, Any] | None = None, **more: Any) -> Any:
         edit = submit_edit(*args, **more)
-        worker.jobs.commit_edit(claim_job(worker, edit), worker.ledger.head(), edit.encode(), {}, {})
+        worker.jobs.commit_edit(
+            claim_job(worker, edit), worker.ledger.head(), edit.encode(), {}, result or {}
+        )
         return edit
 
     return apply_new_edit

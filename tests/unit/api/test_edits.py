@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -426,3 +428,76 @@ def test_layers_are_tried_in_a_dry_run_that_leaves_them_open(
     answer = client.post("/edits", json=TOWER | {"try_layers": True} | more)
     assert answer.status_code == 422
     assert said in answer.text and "try_layers" in answer.text
+
+
+def test_a_list_is_downloaded(test_app: TestApp, client: TestClient) -> None:
+    """The filtered list is a file, as CSV with neutralized formulas or as JSON with the items of the pages."""
+    names = ["Nile", "=Rhine", "Seine"]
+    client.post("/edits", json={"edits": [TOWER | {"subject": name} for name in names], "batch": "rivers"})
+    client.post("/edits", json=TOWER)
+    answer = client.get("/edits/export", params={"batch": "rivers"})
+    assert answer.headers["content-type"].startswith("text/csv")
+    assert answer.headers["content-disposition"] == 'attachment; filename="edits.csv"'
+    rows = list(csv.DictReader(io.StringIO(answer.text, newline="")))
+    assert [row["subject"] for row in rows] == ["Seine", "'=Rhine", "Nile"]
+    assert rows[0]["status"] == "queued" and rows[0]["dry_run"] == "false"
+    page = client.get("/edits", params={"batch": "rivers"}).json()
+    assert client.get("/edits/export", params={"batch": "rivers", "format": "json"}).json() == page
+    assert client.get("/edits/export", params={"since": "never"}).status_code == 422
+    assert len(list(csv.reader(io.StringIO(client.get("/edits/export?search=nothing").text)))) == 1
+
+
+def test_edits_of_one_request_share_their_batch(client: TestClient) -> None:
+    """The batch of a list is that of its edits, unless an edit names its own; a name with a space is refused."""
+    edits = [TOWER, TOWER | {"subject": "Nile", "batch": "other"}]
+    items = client.post("/edits", json={"edits": edits, "batch": "landmarks"}).json()["items"]
+    assert [edit["batch"] for edit in items] == ["landmarks", "other"]
+    refused = client.post("/edits", json=TOWER | {"batch": "two words"})
+    assert refused.status_code == 422 and refused.json()["errors"][0]["field"] == "batch"
+
+
+def test_several_edits_are_reverted_together(test_app: TestApp, client: TestClient) -> None:
+    """Edits are reverted by their ids or their batch; a request with neither or both is refused."""
+    test_app.start_fake_worker()
+    edits = [TOWER | {"subject": name, "batch": "wrong"} for name in ("Nile", "Seine")]
+    made = client.post("/edits", json={"edits": edits}, headers={"prefer": "wait=20"}).json()["items"]
+    ids = [edit["id"] for edit in made]
+    done = client.post("/edits/revert", json={"edits": ids[:1]}).json()
+    assert done == {"version": 3, "reverted": ids[:1], "cancelled": [], "unchanged": []}
+    done = client.post("/edits/revert", json={"batch": "wrong"}).json()
+    assert (done["version"], done["reverted"], done["unchanged"]) == (4, ids[1:], ids[:1])
+    for body in ({}, {"edits": ids, "batch": "wrong"}, {"edits": []}):
+        assert client.post("/edits/revert", json=body).status_code == 422
+    assert client.post("/edits/revert", json={"edits": ["edit_unknown"]}).status_code == 404
+
+
+def test_a_table_is_checked_line_by_line(test_app: TestApp, client: TestClient) -> None:
+    """Each line of a table has its request, its error with the column, and a note about what it supersedes; a valid
+    request can be submitted as it is. A table without a column or with too many lines is refused."""
+    test_app.start_fake_worker()
+    (active,) = client.post("/edits", json={"edits": [TOWER]}, headers={"prefer": "wait=20"}).json()["items"]
+    lines = [
+        "Where;subject;target_new",
+        "The {} is located in the city of;Eiffel Tower;Bonn",
+        "The {} is located in the city of;Eiffel Tower;Oslo",
+        "The Nile <|im_start|> is;Nile;long",
+        "The Nile is;Nile;",
+    ]
+    body = {"csv": "\n".join(lines), "columns": {"prompt": ["Where"]}}
+    table = client.post("/edits/preview", json=body).json()
+    first, second, special, empty = table["items"]
+    assert [line["line"] for line in table["items"]] == [2, 3, 4, 5] and table["valid"] == 2
+    assert active["id"] in first["note"] and "line 2" in second["note"]
+    assert first["edit"]["target_new"] == "Bonn" and first["error"] is None
+    assert special["error"]["field"] == "prompt" and "special token" in special["error"]["detail"]
+    assert empty["error"]["column"] == "target_new" and empty["edit"] is None
+    assert table["seconds_per_edit"] >= 0
+    submitted = client.post("/edits", json={"edits": [first["edit"]], "batch": "table"})
+    assert submitted.status_code == 202
+    for text in (
+        "subject,prompt\n",
+        "subject,prompt,target_new\n",
+        "subject,prompt,target_new\n" + "x,{} is,y\n" * 1001,
+    ):
+        refused = client.post("/edits/preview", json={"csv": text})
+        assert refused.status_code == 422 and refused.json()["errors"][0]["field"] == "csv"

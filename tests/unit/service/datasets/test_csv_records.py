@@ -59,7 +59,7 @@ def test_a_mapping_names_other_columns(tmp_path: Path) -> None:
         ("subject,prompt\nNile,{} is\n", {}, "names no column 'target_new': its columns are 'subject', 'prompt'"),
         (f"{HEADER}\n", {"prompt": ["Q"]}, "line 1 of facts.csv has no column 'Q'"),
         (f"{HEADER}\n", {"propmt": ["prompt"]}, "there is no field 'propmt'"),
-        (f'{HEADER}\nNile,"{{}} is,x\n', {}, "facts.csv is not CSV"),
+        (f'{HEADER}\nNile,"{{}} is,x\n', {}, "line 2 of facts.csv: it is not CSV"),
         ("", {}, "names no column 'subject': its columns are none"),
         (f"{HEADER},neighborhood.prompt,neighborhood.target\nNile,{{}} is,x,The Rhine is,\n", {}, "line 2 of facts.csv, column 'neighborhood.target': is empty"),
     ],
