@@ -393,12 +393,13 @@ def _check_factors(
     """
     layers = _layers_of(provenance, info)
     method = METHODS[provenance.method]
-    is_gated = provenance.hparams.get("form") == "gated" and method.needs_covariance
+    is_gated = provenance.hparams.get("form") == "gated" and method.writes_associations
     gated_layers = sorted(set(layers)) if is_gated else []
-    expected_shapes = _factor_shapes(provenance, layers, _weight_shapes(info))
+    counts = {x: _association_count(file, x, method.max_associations) for x in layers}
+    expected_shapes = _factor_shapes(provenance, counts, _weight_shapes(info))
     gate_names = {f"layer.{x}.gate.{part}" for x in gated_layers for part in _GATE_PARTS}
     mode_names = (
-        {n for n in file.tensor_infos if _is_solve_mode(n, layers)} if method.needs_covariance else set()
+        {n for n in file.tensor_infos if _is_solve_mode(n, layers)} if method.writes_associations else set()
     )
     label_names = {f"codebook.{x}.label" for x in layers} if method.keeps_codebook else set()
     expected_names = {*expected_shapes, *gate_names, *label_names}
@@ -429,13 +430,21 @@ def _weight_shapes(info: Mapping[str, Any]) -> Mapping[str, Sequence[int]]:
     return info.get("weights") or {"mlp": (info["width"], info["inner_width"])}
 
 
+def _association_count(file: SafetensorsFile, layer: int, most: int) -> int:
+    """Return how many associations of a layer a file has, at least 1 and at most `most`."""
+    numbers = range(1, most)
+    return 1 + sum(f"layer.{layer}.{number}.key" in file.tensor_infos for number in numbers)
+
+
 def _factor_shapes(
-    provenance: EditProvenance, layers: Sequence[int], shapes: Mapping[str, Sequence[int]]
+    provenance: EditProvenance, counts: Mapping[int, int], shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of an edit with their shapes, without solve modes and gates."""
-    method = METHODS[provenance.method]
-    if method.needs_covariance:
-        return {n: s for x in layers for n, s in _association_shapes(str(x), shapes).items()}
+    """Return the tensors of an edit with their shapes, without solve modes and gates. `counts`: the associations of
+    each layer."""
+    method, layers = METHODS[provenance.method], list(counts)
+    if method.writes_associations:
+        places = [f"{x}.{n}" if n else str(x) for x, count in counts.items() for n in range(count)]
+        return {n: s for place in places for n, s in _association_shapes(place, shapes).items()}
     if method.keeps_codebook:
         d, D = shapes["mlp"]
         sizes = {"key": D, "output": d, "value": d, "radius": 1, "replayed": 1}
@@ -517,11 +526,11 @@ def _check_response(file: SafetensorsFile, layer: int) -> None:
         raise InvalidInput(f"layer.{layer}.direction is nearly orthogonal to the key.")
 
 
-def _association_shapes(layer: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of an association with their shapes."""
+def _association_shapes(place: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of an association with their shapes. `place`: its layer, and its number unless that is 0."""
     d, D = shapes["mlp"]
     sizes = {"key": D, "direction": D, "value": d, "left": d, "right": D}
-    return {f"layer.{layer}.{name}": (n,) for name, n in sizes.items()}
+    return {f"layer.{place}.{name}": (n,) for name, n in sizes.items()}
 
 
 def _is_solve_mode(name: str, layers: Sequence[Any]) -> bool:

@@ -193,4 +193,31 @@ class GraceParameters(BaseModel):
     required_margins: RequiredMargins = ()
 
 
-Parameters = RomeParameters | FineTuneParameters | GraceParameters
+MAX_OBJECT_TOKENS = 64  #: of an edit that has a key for each token of its object
+
+
+class GradientParameters(BaseModel):
+    """Hyperparameters of UltraEdit (Gu et al. 2026, section 3)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    layers: tuple[int, ...] = Field(min_length=1, max_length=16, description="edited layers, from 0")
+    eta: float = Field(
+        3e-4,
+        ge=0,
+        le=100,
+        description="factor of the change of value, eta |h^|^2 g^; the change is linear in it (authors, models of 7 B: 1e-6)",
+    )
+    ridge: float = Field(
+        3.0,
+        gt=0,
+        le=1e9,
+        description='lambda: "ultraedit": the number of average keys that the statistics weigh against one token; '
+        '"ultraedit-identity": added to the squared norms of keys (authors: 1)',
+    )
+    strengths: Strengths = (1.0, 1.25, 1.5, 2.0)
+    margin: Margin = 0.0
+    required_margins: RequiredMargins = ()
+
+
+Parameters = RomeParameters | FineTuneParameters | GraceParameters | GradientParameters

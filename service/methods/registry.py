@@ -18,6 +18,7 @@ MODULES = (
     "alphaedit",
     "finetune",
     "grace",
+    "ultraedit",
 )
 
 #: name -> method

@@ -87,7 +87,7 @@ class Recipe(BaseModel):
         top of the values that it shares with "rome"."""
         rome = self.rome.model_dump()
         shared: tuple[str, ...] = ("layers",)
-        if method.needs_covariance:
+        if method.searches_value:
             shared = tuple(rome) if method.parameters is RomeParameters else SHARED_HPARAMS
         base = {name: rome[name] for name in shared}
         if "form" in base and method.name != DEFAULT_METHOD:
