@@ -27,6 +27,7 @@ from service.kit.safetensors_io import ReadableFile, SafetensorsFile, TensorInfo
 from service.kit.separator import Separator
 from service.ledger.ledger import Entry, canonical_json, iso_utc
 from service.methods.gate_sizes import MAX_BLOCKED, MAX_KEYS, SKETCH_SIZE
+from service.methods.method import EditMethod
 from service.methods.registry import METHODS, SOLVE_RULES
 from service.schemas import MAX_HPARAMS, EditRequest, MethodName, Objective, Probes
 
@@ -395,7 +396,7 @@ def _check_factors(
     method = METHODS[provenance.method]
     is_gated = provenance.hparams.get("form") == "gated" and method.writes_associations
     gated_layers = sorted(set(layers)) if is_gated else []
-    counts = {x: _association_count(file, x, method.max_associations) for x in layers}
+    counts = _association_counts(file, layers, method)
     expected_shapes = _factor_shapes(provenance, counts, _weight_shapes(info))
     gate_names = {f"layer.{x}.gate.{part}" for x in gated_layers for part in _GATE_PARTS}
     mode_names = (
@@ -430,10 +431,15 @@ def _weight_shapes(info: Mapping[str, Any]) -> Mapping[str, Sequence[int]]:
     return info.get("weights") or {"mlp": (info["width"], info["inner_width"])}
 
 
-def _association_count(file: SafetensorsFile, layer: int, most: int) -> int:
-    """Return how many associations of a layer a file has, at least 1 and at most `most`."""
-    numbers = range(1, most)
-    return 1 + sum(f"layer.{layer}.{number}.key" in file.tensor_infos for number in numbers)
+def _association_counts(file: SafetensorsFile, layers: Sequence[int], method: EditMethod) -> dict[int, int]:
+    """Return how many associations of each layer an edit must have, by those that its file has: 1 to as many as the
+    method can write. Of a method that looks at all layers those count that have any, and one must."""
+    numbers = range(1, method.max_associations)
+    counts = {x: 1 + sum(f"layer.{x}.{n}.key" in file.tensor_infos for n in numbers) for x in layers}
+    if not method.covers_all_layers:
+        return counts
+    touched = {x: n for x, n in counts.items() if f"layer.{x}.key" in file.tensor_infos}
+    return touched or counts
 
 
 def _factor_shapes(

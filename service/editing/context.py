@@ -34,7 +34,7 @@ from service.kit.steps import Phase, Stepper
 from service.kit.text import Statement
 from service.kit.time_estimate import with_estimate
 from service.kit.work_queue import Task, WorkQueue
-from service.methods.parameters import EditForm, Parameters, RomeParameters
+from service.methods.parameters import EditForm, NeuronParameters, Parameters, RomeParameters
 from service.methods.registry import DEFAULT_METHOD, get_method
 from service.models.loading import LoadedModel
 from service.recipes.default import default_recipe
@@ -196,7 +196,7 @@ class EditorContext:
         """Compute what the search for an edit reads of the base model besides statistics of keys, and return its
         contexts."""
         contexts: list[str] = []
-        if isinstance(parameters, RomeParameters):
+        if isinstance(parameters, (RomeParameters, NeuronParameters)):
             contexts = yield from self.get_contexts(parameters.contexts, parameters.seed)
         if get_method(method).reads_gradients:
             yield from self.get_gradient_statistics(parameters.layers)

@@ -19,6 +19,7 @@ from service.methods.parameters import (
     FineTuneParameters,
     GraceParameters,
     GradientParameters,
+    NeuronParameters,
     Parameters,
     RomeParameters,
 )
@@ -162,7 +163,26 @@ class GradientSpec:
         return edit_bytes(model, 1, 0, len(texts[0].ids), min(self.parameters.layers), target_tokens)
 
 
-EditSpec = ValueEditSpec | FineTuneSpec | CodebookSpec | GradientSpec
+@dataclass(frozen=True)
+class NeuronSpec:
+    """An edit of the neurons that express the statement, bare and after contexts."""
+
+    tokenized: TokenizedContexts
+    parameters: NeuronParameters
+    subject: str
+    edit: str = ""
+    method: str = "kn"
+    objective: Objective = "write"
+    noise: Tensor | None = field(default=None, repr=False, compare=False)  #: (n, d) on the subject
+
+    def peak_bytes(self, model: LoadedModel) -> int:
+        """Return the peak memory of the attribution of one prompt at one layer, in bytes."""
+        rows, longest = self.parameters.nodes + 2, max(len(p.ids) for p in self.tokenized.prompts)
+        suffix = max(len(t) for t in self.tokenized.targets)
+        return edit_bytes(model, rows, longest - 1, suffix, min(self.parameters.layers), rows * suffix)
+
+
+EditSpec = ValueEditSpec | FineTuneSpec | CodebookSpec | GradientSpec | NeuronSpec
 
 
 def build_edit_spec(
@@ -185,6 +205,9 @@ def build_edit_spec(
     search. `tokens_after`: the subject's tokens after the edited one (`choose_subject_token`). `gate_reference`: of a
     gated edit. `gradient_statistics`: of the layers of a method that reads them."""
     subject = normalize_whitespace(statement.text[slice(*statement.span)])
+    if isinstance(parameters, NeuronParameters):
+        with_contexts = tokenize_contexts(model, statement, target, contexts, chosen=separator)
+        return NeuronSpec(with_contexts, parameters, subject, edit, method, objective, noise)
     if not isinstance(parameters, RomeParameters):
         tokenized_prompt = tokenize_contexts(model, statement, target, (), chosen=separator)
         if isinstance(parameters, GradientParameters):

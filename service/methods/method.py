@@ -51,9 +51,8 @@ class SolveRule:
     )
     relative_ridge: bool = False  #: the ridge is a multiple of the mean of D
     exact_alone: bool = False  #: a lone association is solved without a ridge
-    #: False: nothing is solved, and the products of value and direction are added up
+    #: False: nothing is solved. The products of value and direction are added up; of equal ones one counts
     solved: bool = True
-    counts_equal_once: bool = False  #: of equal products that are added up, one counts
 
 
 JOINT_RULE = SolveRule("joint", superposes_subjects=True, relative_ridge=True)

@@ -220,4 +220,41 @@ class GradientParameters(BaseModel):
     required_margins: RequiredMargins = ()
 
 
-Parameters = RomeParameters | FineTuneParameters | GraceParameters | GradientParameters
+MAX_NEURONS = 20  #: of an edit by knowledge neurons
+
+
+class NeuronParameters(BaseModel):
+    """Hyperparameters of knowledge neurons (Dai et al. 2022, sections 3 and 4.3)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    layers: tuple[int, ...] = Field(
+        min_length=1, max_length=256, description="layers whose neurons are looked at, from 0; by default all"
+    )
+    nodes: int = Field(20, ge=1, le=100, description="midpoints of the integral of the gradient")
+    threshold: float = Field(
+        0.2, gt=0, le=1, description="least attribution of a neuron in a prompt, as a share of the greatest"
+    )
+    share: float = Field(
+        0.7,
+        gt=0,
+        le=1,
+        description="share of the prompts in which a neuron of the fact is found, before it is moved",
+    )
+    contexts: int = Field(4, ge=0, le=100, description="sampled contexts in addition to the bare prompt")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the contexts")
+    old_weight: float = Field(
+        1.0,
+        ge=0,
+        le=1000,
+        description="factor of the embedding that is subtracted, that of the model's own answer",
+    )
+    new_weight: float = Field(
+        8.0, ge=0, le=1000, description="factor of the embedding that is added, that of the new object"
+    )
+    strengths: Strengths = (1.0,)
+    margin: Margin = 0.0
+    required_margins: RequiredMargins = ()
+
+
+Parameters = RomeParameters | FineTuneParameters | GraceParameters | GradientParameters | NeuronParameters

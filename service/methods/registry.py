@@ -19,6 +19,7 @@ MODULES = (
     "finetune",
     "grace",
     "ultraedit",
+    "kn",
 )
 
 #: name -> method

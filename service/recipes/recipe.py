@@ -110,6 +110,8 @@ def resolve_hparams(
         recipe is None or "layers" not in recipe.methods.get(method, {})
     ):
         base = base | {"layers": (int(edit_method.default_depth * layers),)}
+    if edit_method.covers_all_layers and (recipe is None or "layers" not in recipe.methods.get(method, {})):
+        base = base | {"layers": tuple(range(layers))}
     if "layers" not in base | (overrides or {}):
         raise InvalidInput(
             "no recipe is known for this model: name the layers to edit, for example "

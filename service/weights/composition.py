@@ -32,7 +32,8 @@ where the authors write batch upon batch. UltraEdit (Gu et al. 2026) has several
 each token of its object, with ridge = lambda and U = C^-1 K or U = K. By (lambda C + K K^T)^-1 K = C^-1 K (lambda I +
 K^T C^-1 K)^-1 this is the least-squares form that its authors solve, with lambda C in place of lambda I.
 
-Rules that solve nothing add the products of values and directions, Delta U^T (knowledge neurons, Dai et al. 2022).
+Rules that solve nothing add the products of values and directions, Delta U^T (knowledge neurons, Dai et al. 2022). Of
+equal products one counts, so that a column that two edits erase is 0.
 
 All of it is a function of the set of updates: sorted first, multiplied and solved in fp64 in one fixed order. Keys and
 directions stay fp32, as stored, and are converted a few columns at a time. Dense updates are summed in fp64 in the
@@ -82,12 +83,10 @@ def compose_layer_in_steps(
     """Return the change for the associations of one layer and solve mode, solved in fp64."""
     ordered = sorted(associations, key=lambda a: a.order)
     solve_mode = solve_mode or ordered[0].solve_mode
-    if solve_mode.rule.counts_equal_once:
-        ordered = _without_equal(ordered)
+    if not solve_mode.rule.solved:
+        return _sum_of_products(ordered)
     directions = torch.stack([a.direction for a in ordered])  # (n, D)
     values = torch.stack([a.value for a in ordered], 1).double()  # (d, n)
-    if not solve_mode.rule.solved:
-        return LowRank(values, directions)
     gram = yield from gram_matrix_in_steps(ordered, directions)
     diagonal = gram.diagonal().clone()
     gram.diagonal().add_(solve_mode.ridge_for(diagonal))
@@ -99,12 +98,13 @@ def compose_layer_in_steps(
     return LowRank(solution.T, directions)
 
 
-def _without_equal(ordered: Sequence[Association]) -> list[Association]:
-    """Return the associations without those whose direction and value equal those of an earlier one."""
+def _sum_of_products(ordered: Sequence[Association]) -> LowRank:
+    """Return the sum of the products of values and directions; of equal ones one counts."""
     found: dict[tuple[bytes, bytes], Association] = {}
     for a in ordered:
         found.setdefault((a.direction.numpy().tobytes(), a.value.numpy().tobytes()), a)
-    return list(found.values())
+    values = torch.stack([a.value for a in found.values()], 1).double()
+    return LowRank(values, torch.stack([a.direction for a in found.values()]))
 
 
 def gram_matrix(associations: Sequence[Association], directions: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ def test_a_method_is_complete(name: str) -> None:
     parameters = method.parameters.model_validate({"layers": [0], **method.fixed_hparams})
     assert parameters.layers == (0,)
     assert method.describe()["closed_form"] == method.searches_value
-    assert method.writes_associations == (method.solve is not None) or not method.needs_covariance
+    assert method.writes_associations == (method.solve is not None)
+    assert method.writes_associations or not (method.needs_covariance or method.searches_value)
 
 
 @pytest.mark.parametrize("name", METHODS)
