@@ -27,6 +27,7 @@ from service.kit.safetensors_io import ReadableFile, SafetensorsFile, TensorInfo
 from service.kit.separator import Separator
 from service.ledger.ledger import Entry, canonical_json, iso_utc
 from service.methods.gate_sizes import MAX_BLOCKED, MAX_KEYS, SKETCH_SIZE
+from service.methods.method import EditMethod
 from service.methods.registry import METHODS, SOLVE_RULES
 from service.schemas import MAX_HPARAMS, EditRequest, MethodName, Objective, Probes
 
@@ -393,12 +394,13 @@ def _check_factors(
     """
     layers = _layers_of(provenance, info)
     method = METHODS[provenance.method]
-    is_gated = provenance.hparams.get("form") == "gated" and method.needs_covariance
+    is_gated = provenance.hparams.get("form") == "gated" and method.writes_associations
     gated_layers = sorted(set(layers)) if is_gated else []
-    expected_shapes = _factor_shapes(provenance, layers, _weight_shapes(info))
+    counts = _association_counts(file, layers, method)
+    expected_shapes = _factor_shapes(provenance, counts, _weight_shapes(info))
     gate_names = {f"layer.{x}.gate.{part}" for x in gated_layers for part in _GATE_PARTS}
     mode_names = (
-        {n for n in file.tensor_infos if _is_solve_mode(n, layers)} if method.needs_covariance else set()
+        {n for n in file.tensor_infos if _is_solve_mode(n, layers)} if method.writes_associations else set()
     )
     label_names = {f"codebook.{x}.label" for x in layers} if method.keeps_codebook else set()
     expected_names = {*expected_shapes, *gate_names, *label_names}
@@ -429,13 +431,26 @@ def _weight_shapes(info: Mapping[str, Any]) -> Mapping[str, Sequence[int]]:
     return info.get("weights") or {"mlp": (info["width"], info["inner_width"])}
 
 
+def _association_counts(file: SafetensorsFile, layers: Sequence[int], method: EditMethod) -> dict[int, int]:
+    """Return how many associations of each layer an edit must have, by those that its file has: 1 to as many as the
+    method can write. Of a method that looks at all layers those count that have any, and one must."""
+    numbers = range(1, method.max_associations)
+    counts = {x: 1 + sum(f"layer.{x}.{n}.key" in file.tensor_infos for n in numbers) for x in layers}
+    if not method.covers_all_layers:
+        return counts
+    touched = {x: n for x, n in counts.items() if f"layer.{x}.key" in file.tensor_infos}
+    return touched or counts
+
+
 def _factor_shapes(
-    provenance: EditProvenance, layers: Sequence[int], shapes: Mapping[str, Sequence[int]]
+    provenance: EditProvenance, counts: Mapping[int, int], shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of an edit with their shapes, without solve modes and gates."""
-    method = METHODS[provenance.method]
-    if method.needs_covariance:
-        return {n: s for x in layers for n, s in _association_shapes(str(x), shapes).items()}
+    """Return the tensors of an edit with their shapes, without solve modes and gates. `counts`: the associations of
+    each layer."""
+    method, layers = METHODS[provenance.method], list(counts)
+    if method.writes_associations:
+        places = [f"{x}.{n}" if n else str(x) for x, count in counts.items() for n in range(count)]
+        return {n: s for place in places for n, s in _association_shapes(place, shapes).items()}
     if method.keeps_codebook:
         d, D = shapes["mlp"]
         sizes = {"key": D, "output": d, "value": d, "radius": 1, "replayed": 1}
@@ -517,11 +532,11 @@ def _check_response(file: SafetensorsFile, layer: int) -> None:
         raise InvalidInput(f"layer.{layer}.direction is nearly orthogonal to the key.")
 
 
-def _association_shapes(layer: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of an association with their shapes."""
+def _association_shapes(place: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of an association with their shapes. `place`: its layer, and its number unless that is 0."""
     d, D = shapes["mlp"]
     sizes = {"key": D, "direction": D, "value": d, "left": d, "right": D}
-    return {f"layer.{layer}.{name}": (n,) for name, n in sizes.items()}
+    return {f"layer.{place}.{name}": (n,) for name, n in sizes.items()}
 
 
 def _is_solve_mode(name: str, layers: Sequence[Any]) -> bool:

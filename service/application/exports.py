@@ -249,7 +249,7 @@ def _check_exportable(
             "version without them.",
             "format",
         )
-    dense = [e.edit_id for e in active_entries if not _method_of(e).needs_covariance]
+    dense = [e.edit_id for e in active_entries if not _method_of(e).writes_associations]
     if format == "peft" and dense:
         raise InvalidInput(
             f"an adapter holds low-rank changes, and fine-tuning changes whole weights: {_some_ids(dense)}. Export the edited weights "

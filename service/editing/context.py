@@ -15,6 +15,10 @@ from torch import Tensor
 
 from service.covariance.collect import load_or_collect_statistics
 from service.covariance.corpus import Corpus, CorpusSource, default_tokens, load_corpus
+from service.covariance.gradient_statistics import (
+    GradientStatistics,
+    load_or_collect_gradient_statistics,
+)
 from service.covariance.second_moment import KeyStatistics
 from service.datasets.fact_table import find_facts_file
 from service.datasets.relation_table import RelationTable, load_relation_table
@@ -30,8 +34,8 @@ from service.kit.steps import Phase, Stepper
 from service.kit.text import Statement
 from service.kit.time_estimate import with_estimate
 from service.kit.work_queue import Task, WorkQueue
-from service.methods.parameters import EditForm, Parameters, RomeParameters
-from service.methods.registry import DEFAULT_METHOD
+from service.methods.parameters import EditForm, NeuronParameters, Parameters, RomeParameters
+from service.methods.registry import DEFAULT_METHOD, get_method
 from service.models.loading import LoadedModel
 from service.recipes.default import default_recipe
 from service.recipes.published import published_recipe
@@ -91,6 +95,7 @@ class EditorContext:
         self.recipes = folder.parent / RECIPES_FOLDER if folder else None
         self.queue = WorkQueue()
         self.statistics: dict[int, KeyStatistics] = {}
+        self.gradient_statistics: dict[int, GradientStatistics] = {}
         self.gate_references: dict[int, GateReference] = {}
         self.contexts: dict[tuple[int, int], list[str]] = {}
         self.perplexities: dict[int, float] = {}  #: version -> perplexity on the reference texts
@@ -176,6 +181,27 @@ class EditorContext:
             yield from self.queue.wait_for(self._submit_statistics(missing))
         return {x: self.statistics[x] for x in layers}
 
+    def get_gradient_statistics(self, layers: Sequence[int]) -> Stepper[dict[int, GradientStatistics]]:
+        """Return the statistics of keys and gradients of the layers, and collect the missing ones."""
+        missing = [x for x in layers if x not in self.gradient_statistics]
+        if missing:
+            corpus = yield from self.get_corpus()
+            collected = yield from load_or_collect_gradient_statistics(
+                self.model, missing, corpus, self.folder
+            )
+            self.gradient_statistics = self.gradient_statistics | collected
+        return {x: self.gradient_statistics[x] for x in layers}
+
+    def prepare_method(self, method: str, parameters: Parameters) -> Stepper[list[str]]:
+        """Compute what the search for an edit reads of the base model besides statistics of keys, and return its
+        contexts."""
+        contexts: list[str] = []
+        if isinstance(parameters, (RomeParameters, NeuronParameters)):
+            contexts = yield from self.get_contexts(parameters.contexts, parameters.seed)
+        if get_method(method).reads_gradients:
+            yield from self.get_gradient_statistics(parameters.layers)
+        return contexts
+
     def get_gate_reference(self, parameters: Parameters) -> Stepper[GateReference | None]:
         """Return the reference keys of the layer of a gated edit, collected at the first call; None for an edit in the
         weights."""
@@ -244,10 +270,8 @@ class EditorContext:
             parameters = resolve_hparams(
                 self.recipe, edit_input.hparams, self.model.num_layers, edit_input.method
             )
-            contexts: list[str] = []
-            if isinstance(parameters, RomeParameters):
-                contexts = yield from self.get_contexts(parameters.contexts, parameters.seed)
-                yield from self.get_statistics(parameters.layers)
+            contexts = yield from self.prepare_method(edit_input.method, parameters)
+            yield from self.get_statistics(get_method(edit_input.method).statistics_layers(parameters))
             tokens_after = yield from choose_subject_token(self.model, edit_input.statement, parameters)
             edit_id = edit_input.edit or f"{number:06}"
             spec_arguments = (
@@ -267,6 +291,7 @@ class EditorContext:
                     *spec_arguments,
                     tokens_after=tokens_after,
                     gate_reference=gate_reference,
+                    gradient_statistics=self.gradient_statistics,
                 )
             )
         factors: list[EditFactors] = []

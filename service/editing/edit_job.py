@@ -51,8 +51,7 @@ from service.kit import crash_points
 from service.kit.answer import is_object_certain
 from service.kit.separator import Separator, certain_separator
 from service.kit.steps import JobReporter, Phase, Progress, Stepper, report_to, retry_while_unavailable
-from service.methods.parameters import RomeParameters
-from service.methods.registry import DEFAULT_METHOD
+from service.methods.registry import DEFAULT_METHOD, get_method
 from service.models.loading import LoadedModel
 from service.models.memory_estimates import require_memory
 from service.models.separator_choice import choose_separator
@@ -258,8 +257,8 @@ class _EditRun:
     def _find_batch(self, resolved_jobs: Sequence[ResolvedJob]) -> Stepper[list[PreparedEdit]]:
         for r in resolved_jobs:
             self._raise_if_cancelled(r.job)
-        hparams = [r.resolved_edit.parameters for r in resolved_jobs]
-        layers = sorted({x for p in hparams if isinstance(p, RomeParameters) for x in p.layers})
+        edits = [r.resolved_edit for r in resolved_jobs]
+        layers = sorted({x for e in edits for x in get_method(e.method).statistics_layers(e.parameters)})
         statistics = yield from self.context.get_statistics(layers)
         factors = yield from find_batch_factors(
             self.replica.base, statistics, [r.spec for r in resolved_jobs]
@@ -504,9 +503,7 @@ def build_admitted_spec(
 ) -> Stepper[EditSpec]:
     """Return the specification of an edit. Raise InvalidInput when the search needs more memory than is free."""
     parameters, request, model = resolved_edit.parameters, resolved_edit.request, replica.base
-    contexts: list[str] = []
-    if isinstance(parameters, RomeParameters):
-        contexts = yield from context.get_contexts(parameters.contexts, parameters.seed)
+    contexts = yield from context.prepare_method(resolved_edit.method, parameters)
     statement = request.statement
     spec = build_edit_spec(
         model,
@@ -520,6 +517,7 @@ def build_admitted_spec(
         separator=resolved_edit.rewrite_probe.separator,
         tokens_after=(yield from choose_subject_token(model, statement, parameters)),
         gate_reference=(yield from context.get_gate_reference(parameters)),
+        gradient_statistics=context.gradient_statistics,
     )
     require_memory(
         "this edit", spec.peak_bytes(model), model.device, "use a shorter prompt or fewer contexts", "prompt"

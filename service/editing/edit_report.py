@@ -200,7 +200,12 @@ def build_provenance(
 ) -> dict[str, Any]:
     """Return what the ledger records of the computation, so that repeating it gives the same factors."""
     model, layers = replica.base, resolved_edit.parameters.layers
-    layers_with_statistics = layers if get_method(resolved_edit.method).needs_covariance else ()
+    method = get_method(resolved_edit.method)
+    statistics = {
+        str(x): context.statistics[x].digest for x in method.statistics_layers(resolved_edit.parameters)
+    }
+    if method.reads_gradients:
+        statistics |= {f"gradients.{x}": context.gradient_statistics[x].digest for x in layers}
     return {
         "method": resolved_edit.method,
         "objective": resolved_edit.request.objective,
@@ -210,7 +215,7 @@ def build_provenance(
         "resolved_separator": resolved_edit.rewrite_probe.separator,
         "subject_token": _token_report(subject_token),
         "supersedes": list(guard_result.supersedes),
-        "statistics": {str(x): context.statistics[x].digest for x in layers_with_statistics},
+        "statistics": statistics,
         "corpus": context.corpus.digest,
         "dtype": str(model.weight(layers[0]).dtype).removeprefix("torch."),
         "device": str(model.device),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from service.covariance.gradient_statistics import GradientStatistics
 from service.editing.subject_token import LAST, SubjectToken
 from service.editing.suffix_batch import DeltaSite
 from service.editing.tokenized_contexts import TokenizedContexts, tokenize_contexts
@@ -14,7 +15,14 @@ from service.editing.value_optimizer import ValueSearchSpec
 from service.gating.gate_reference import GateReference, GateReport
 from service.kit.separator import Separator
 from service.kit.text import Statement, normalize_whitespace
-from service.methods.parameters import FineTuneParameters, GraceParameters, Parameters
+from service.methods.parameters import (
+    FineTuneParameters,
+    GraceParameters,
+    GradientParameters,
+    NeuronParameters,
+    Parameters,
+    RomeParameters,
+)
 from service.methods.registry import DEFAULT_METHOD, get_method
 from service.models.budget import block_flops, group_budget
 from service.models.loading import LoadedModel, WeightRef
@@ -136,7 +144,45 @@ class CodebookSpec:
         return edit_bytes(model, 1, prefix_length, suffix_length, layer, suffix_length)
 
 
-EditSpec = ValueEditSpec | FineTuneSpec | CodebookSpec
+@dataclass(frozen=True)
+class GradientSpec:
+    """An edit from one backward pass over the bare statement."""
+
+    tokenized: TokenizedContexts
+    parameters: GradientParameters
+    subject: str
+    gradient_statistics: Mapping[int, GradientStatistics] = field(repr=False, compare=False)
+    edit: str = ""
+    method: str = "ultraedit"
+    objective: Objective = "write"
+    noise: Tensor | None = field(default=None, repr=False, compare=False)  #: (n, d) on the subject
+
+    def peak_bytes(self, model: LoadedModel) -> int:
+        """Return the peak memory of the pass, in bytes."""
+        texts, target_tokens = self.tokenized.texts(), len(self.tokenized.targets[0])
+        return edit_bytes(model, 1, 0, len(texts[0].ids), min(self.parameters.layers), target_tokens)
+
+
+@dataclass(frozen=True)
+class NeuronSpec:
+    """An edit of the neurons that express the statement, bare and after contexts."""
+
+    tokenized: TokenizedContexts
+    parameters: NeuronParameters
+    subject: str
+    edit: str = ""
+    method: str = "kn"
+    objective: Objective = "write"
+    noise: Tensor | None = field(default=None, repr=False, compare=False)  #: (n, d) on the subject
+
+    def peak_bytes(self, model: LoadedModel) -> int:
+        """Return the peak memory of the attribution of one prompt at one layer, in bytes."""
+        rows, longest = self.parameters.nodes + 2, max(len(p.ids) for p in self.tokenized.prompts)
+        suffix = max(len(t) for t in self.tokenized.targets)
+        return edit_bytes(model, rows, longest - 1, suffix, min(self.parameters.layers), rows * suffix)
+
+
+EditSpec = ValueEditSpec | FineTuneSpec | CodebookSpec | GradientSpec | NeuronSpec
 
 
 def build_edit_spec(
@@ -152,14 +198,21 @@ def build_edit_spec(
     separator: Separator | None = None,
     tokens_after: int = LAST,
     gate_reference: GateReference | None = None,
+    gradient_statistics: Mapping[int, GradientStatistics] | None = None,
 ) -> EditSpec:
     """Return the specification of an edit after which the model continues the statement with `target`, or no longer
     does so when the objective is to erase. `noise` (n, d) is added to the embeddings of the subject during the
     search. `tokens_after`: the subject's tokens after the edited one (`choose_subject_token`). `gate_reference`: of a
-    gated edit."""
+    gated edit. `gradient_statistics`: of the layers of a method that reads them."""
     subject = normalize_whitespace(statement.text[slice(*statement.span)])
-    if isinstance(parameters, (FineTuneParameters, GraceParameters)):
+    if isinstance(parameters, NeuronParameters):
+        with_contexts = tokenize_contexts(model, statement, target, contexts, chosen=separator)
+        return NeuronSpec(with_contexts, parameters, subject, edit, method, objective, noise)
+    if not isinstance(parameters, RomeParameters):
         tokenized_prompt = tokenize_contexts(model, statement, target, (), chosen=separator)
+        if isinstance(parameters, GradientParameters):
+            found = gradient_statistics or {}
+            return GradientSpec(tokenized_prompt, parameters, subject, found, edit, method, objective, noise)
         if isinstance(parameters, GraceParameters):
             return CodebookSpec(tokenized_prompt, parameters, subject, edit, method, objective, noise)
         return FineTuneSpec(tokenized_prompt, parameters, subject, edit, method, objective, noise)

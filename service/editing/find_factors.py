@@ -10,6 +10,7 @@ from importlib import import_module
 
 from torch import Tensor
 
+from service.covariance.gradient_statistics import GradientStatistics
 from service.covariance.second_moment import KeyStatistics
 from service.editing.edit_spec import EditFactors, EditSpec, build_edit_spec
 from service.editing.subject_token import choose_subject_token
@@ -44,6 +45,7 @@ def find_factors(
     method: str = DEFAULT_METHOD,
     objective: Objective = "write",
     noise: Tensor | None = None,
+    gradient_statistics: Mapping[int, GradientStatistics] | None = None,
 ) -> Stepper[EditFactors]:
     """Return the factors of one edit."""
     tokens_after = yield from choose_subject_token(model, statement, parameters)
@@ -58,6 +60,7 @@ def find_factors(
         objective,
         noise,
         tokens_after=tokens_after,
+        gradient_statistics=gradient_statistics,
     )
     (factors,) = yield from find_batch_factors(model, statistics, [spec])
     return factors

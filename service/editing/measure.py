@@ -39,7 +39,7 @@ from service.patches.patch import PatchSet
 from service.recipes.strength_schedule import StrengthSchedule, strength_schedule
 from service.weights.capacity import measure_capacities
 from service.weights.composition import is_change_in_range, is_in_range
-from service.weights.factors import Association, CodebookEntry, EditUpdate, weight_updates
+from service.weights.factors import Association, CodebookEntry, EditUpdate, WeightUpdate, weight_updates
 from service.weights.own_change import OwnChanges
 
 #: active edits that are probed for each candidate: those of its subject, then those with the nearest keys
@@ -348,12 +348,15 @@ def _norm_ratios(
     edit. It is infinite when a number of the weight, or of the edit's change alone, is beyond the range of the dtype:
     other edits can hide such a change until they are reverted.
     """
-    ratios: dict[WeightRef, float] = {}
+    by_weight: dict[WeightRef, list[WeightUpdate]] = {}
     for update in weight_updates(updates):
-        base = replica.base.parameter(update.weight_ref).data
-        if not (update.weight_ref in weights_in_range and is_change_in_range(update, base.dtype)):
-            ratios[update.weight_ref] = math.inf
+        by_weight.setdefault(update.weight_ref, []).append(update)
+    ratios: dict[WeightRef, float] = {}
+    for weight_ref, group in by_weight.items():
+        base = replica.base.parameter(weight_ref).data
+        if not (weight_ref in weights_in_range and all(is_change_in_range(u, base.dtype) for u in group)):
+            ratios[weight_ref] = math.inf
             continue
         base_norm = float(torch.linalg.vector_norm(base, dtype=torch.float64))
-        ratios[update.weight_ref] = baseline.own_changes.norm(update) / base_norm
+        ratios[weight_ref] = baseline.own_changes.norm(group) / base_norm
     return ratios

@@ -23,7 +23,7 @@ from service.evaluation.metrics import Measures, RecordScores, change_scores, sp
 from service.evaluation.strengths import choose_strength_alone
 from service.evaluation.suite_run import SuiteRun
 from service.kit.steps import Phase, Progress, Stepper, report_as
-from service.methods.parameters import RomeParameters
+from service.methods.registry import get_method
 from service.models.score import TargetScore
 from service.patches.patch import BASE, PatchSet
 from service.scores.text_metrics import TfIdf, fluency
@@ -69,10 +69,10 @@ class EvaluationRun:
 
     def _prepare_contexts_and_statistics(self) -> Stepper[None]:
         """Compute contexts and statistics before any edit, so that they are those of the base model."""
-        parameters, editor = self.evaluation.parameters, self.evaluation.editor
-        if isinstance(parameters, RomeParameters):
-            yield from editor.get_contexts(parameters.contexts, parameters.seed)
-            yield from editor.get_statistics(parameters.layers)
+        evaluation = self.evaluation
+        method, parameters = get_method(evaluation.plan.method), evaluation.parameters
+        yield from evaluation.editor.prepare_method(method.name, parameters)
+        yield from evaluation.editor.get_statistics(method.statistics_layers(parameters))
 
     def _timing_summary(self) -> dict[str, Any]:
         """Return the seconds by kind of stage over all attempts, and the edits per minute."""

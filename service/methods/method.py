@@ -51,6 +51,8 @@ class SolveRule:
     )
     relative_ridge: bool = False  #: the ridge is a multiple of the mean of D
     exact_alone: bool = False  #: a lone association is solved without a ridge
+    #: False: nothing is solved. The products of value and direction are added up; of equal ones one counts
+    solved: bool = True
 
 
 JOINT_RULE = SolveRule("joint", superposes_subjects=True, relative_ridge=True)
@@ -74,19 +76,37 @@ class EditMethod:
     delta_on_hidden_state: bool = False  #: delta is optimized on the hidden state even for a single layer
     trained_part: Literal["mlp", "attention"] = "mlp"  #: the weights that fine-tuning changes
     keeps_codebook: bool = False  #: an edit is an entry of a codebook and changes no weight
+    reads_gradients: bool = False  #: the search is given the statistics of gradients of its layers
+    max_associations: int = 1  #: of one edit at one layer
     fixed_hparams: dict[str, Any] = field(default_factory=dict)  #: override the recipe for "rome"
     default_depth: float | None = (
         None  #: the edited layer, as a fraction of all layers, when no recipe names one
     )
+    covers_all_layers: bool = False  #: without layers in a recipe for this method, all layers are meant
     #: the search for a recipe: values that are tried together, a stage after another
     search_space: tuple[tuple[dict[str, Any], ...], ...] = ()
     #: single layers that the search for a recipe tries besides: early ones, or those of the upper half
     searched_layers: Literal["early", "late"] | None = None
 
     @property
-    def needs_covariance(self) -> bool:
-        """Whether the method writes associations in closed form, which needs statistics of keys."""
+    def writes_associations(self) -> bool:
+        """Whether an edit consists of keys and changes of value; otherwise it is the change of whole weights, or an entry
+        of a codebook."""
         return self.solve is not None
+
+    @property
+    def searches_value(self) -> bool:
+        """Whether an edit is found by the search for a value that ROME, MEMIT, EMMET and AlphaEdit share."""
+        return self.implementation == ASSOCIATIONS
+
+    @property
+    def needs_covariance(self) -> bool:
+        """Whether the directions of keys depend on the second moment of the layer's keys."""
+        return self.solve is not None and self.solve.metric in ("covariance", "projection")
+
+    def statistics_layers(self, parameters: Parameters) -> tuple[int, ...]:
+        """Return the layers whose statistics of keys the search for an edit is given."""
+        return parameters.layers if self.searches_value or self.needs_covariance else ()
 
     def describe(self) -> dict[str, Any]:
         """Return the entry of the method in GET /models."""
@@ -94,6 +114,6 @@ class EditMethod:
             "name": self.name,
             "title": self.title,
             "paper": self.paper,
-            "closed_form": self.needs_covariance,
+            "closed_form": self.searches_value,
             "parameters": sorted(self.parameters.model_fields),
         }

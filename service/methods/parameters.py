@@ -193,4 +193,68 @@ class GraceParameters(BaseModel):
     required_margins: RequiredMargins = ()
 
 
-Parameters = RomeParameters | FineTuneParameters | GraceParameters
+MAX_OBJECT_TOKENS = 64  #: of an edit that has a key for each token of its object
+
+
+class GradientParameters(BaseModel):
+    """Hyperparameters of UltraEdit (Gu et al. 2026, section 3)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    layers: tuple[int, ...] = Field(min_length=1, max_length=16, description="edited layers, from 0")
+    eta: float = Field(
+        3e-4,
+        ge=0,
+        le=100,
+        description="factor of the change of value, eta |h^|^2 g^; the change is linear in it (authors, models of 7 B: 1e-6)",
+    )
+    ridge: float = Field(
+        3.0,
+        gt=0,
+        le=1e9,
+        description='lambda: "ultraedit": the number of average keys that the statistics weigh against one token; '
+        '"ultraedit-identity": added to the squared norms of keys (authors: 1)',
+    )
+    strengths: Strengths = (1.0, 1.25, 1.5, 2.0)
+    margin: Margin = 0.0
+    required_margins: RequiredMargins = ()
+
+
+MAX_NEURONS = 20  #: of an edit by knowledge neurons
+
+
+class NeuronParameters(BaseModel):
+    """Hyperparameters of knowledge neurons (Dai et al. 2022, sections 3 and 4.3)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    layers: tuple[int, ...] = Field(
+        min_length=1, max_length=256, description="layers whose neurons are looked at, from 0; by default all"
+    )
+    nodes: int = Field(20, ge=1, le=100, description="midpoints of the integral of the gradient")
+    threshold: float = Field(
+        0.2, gt=0, le=1, description="least attribution of a neuron in a prompt, as a share of the greatest"
+    )
+    share: float = Field(
+        0.7,
+        gt=0,
+        le=1,
+        description="share of the prompts in which a neuron of the fact is found, before it is moved",
+    )
+    contexts: int = Field(4, ge=0, le=100, description="sampled contexts in addition to the bare prompt")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the contexts")
+    old_weight: float = Field(
+        1.0,
+        ge=0,
+        le=1000,
+        description="factor of the embedding that is subtracted, that of the model's own answer",
+    )
+    new_weight: float = Field(
+        8.0, ge=0, le=1000, description="factor of the embedding that is added, that of the new object"
+    )
+    strengths: Strengths = (1.0,)
+    margin: Margin = 0.0
+    required_margins: RequiredMargins = ()
+
+
+Parameters = RomeParameters | FineTuneParameters | GraceParameters | GradientParameters | NeuronParameters

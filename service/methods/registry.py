@@ -18,6 +18,8 @@ MODULES = (
     "alphaedit",
     "finetune",
     "grace",
+    "ultraedit",
+    "kn",
 )
 
 #: name -> method

@@ -36,7 +36,7 @@ def default_recipe(model_type: str, layers: int, is_chat: bool = False) -> Recip
 
 def can_try_layers(method: EditMethod) -> bool:
     """Whether an edit by this method can be made at any layer, so that some can be tried."""
-    return method.needs_covariance and method.default_depth is None
+    return method.searches_value and method.default_depth is None
 
 
 def layers_to_try(

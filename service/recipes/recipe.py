@@ -87,7 +87,7 @@ class Recipe(BaseModel):
         top of the values that it shares with "rome"."""
         rome = self.rome.model_dump()
         shared: tuple[str, ...] = ("layers",)
-        if method.needs_covariance:
+        if method.searches_value:
             shared = tuple(rome) if method.parameters is RomeParameters else SHARED_HPARAMS
         base = {name: rome[name] for name in shared}
         if "form" in base and method.name != DEFAULT_METHOD:
@@ -110,6 +110,8 @@ def resolve_hparams(
         recipe is None or "layers" not in recipe.methods.get(method, {})
     ):
         base = base | {"layers": (int(edit_method.default_depth * layers),)}
+    if edit_method.covers_all_layers and (recipe is None or "layers" not in recipe.methods.get(method, {})):
+        base = base | {"layers": tuple(range(layers))}
     if "layers" not in base | (overrides or {}):
         raise InvalidInput(
             "no recipe is known for this model: name the layers to edit, for example "

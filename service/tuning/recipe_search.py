@@ -161,7 +161,7 @@ def search_method_values(
     count = search.replica.base.num_layers
     edit_method = METHODS[method]
     stages: tuple[tuple[JsonDict, ...], ...] = edit_method.search_space
-    if edit_method.needs_covariance:
+    if edit_method.searches_value:
         best = {"contexts": search_space.START_VALUES["contexts"]}
     if "threshold" in edit_method.parameters.model_fields:
         stages = ((yield from threshold_candidates(search)), *stages)
@@ -170,7 +170,7 @@ def search_method_values(
         layers = _single_layer_values(
             upper_half if edit_method.searched_layers == "late" else candidate_layers(count)
         )
-        if edit_method.needs_covariance:  # start from the deepest layer of the recipe
+        if edit_method.searches_value:  # start from the deepest layer of the recipe
             stages, best = (*stages, layers), best | {"layers": [max(_recipe(search).rome.layers)]}
         else:
             stages = (layers, *stages)

@@ -68,7 +68,7 @@ def _with_ridge(gram: Tensor, ridge: float) -> Tensor:
 def measure_capacities(
     edits: Sequence[Sequence[EditUpdate]], others: Iterable[EditUpdate]
 ) -> Stepper[list[dict[int, float]]]:
-    """Return the capacity that the active updates leave of each new edit's key, by layer.
+    """Return the capacity that the active updates leave of each new edit's key, by layer; the least of several keys.
 
     Active edits of the same subject are left out: they share the key on purpose. A dense update has no key.
     """
@@ -80,8 +80,11 @@ def measure_capacities(
     capacities: list[dict[int, float]] = []
     for edit in edits:
         by_layer: dict[int, float] = {}
-        for place, (new,) in _group_by_metric(edit).items():
-            by_layer[new.layer] = (yield from occupied[place].remaining(new)) if place in occupied else 1.0
+        for place, new_associations in _group_by_metric(edit).items():
+            least = 1.0
+            for new in new_associations if place in occupied else ():
+                least = min(least, (yield from occupied[place].remaining(new)))
+            by_layer[place[0]] = least
         capacities.append(by_layer)
         yield Progress(Phase.CAPACITY, len(capacities), len(edits))
     return capacities
@@ -124,9 +127,10 @@ def average_capacities_in_steps(updates: Iterable[EditUpdate]) -> Stepper[dict[i
 
 
 def _group_by_metric(updates: Iterable[EditUpdate]) -> dict[tuple[int, str], list[Association]]:
-    """Return the associations of each layer and metric. A gated one occupies nothing and needs no room."""
+    """Return the associations of each layer and metric. A gated one, or one that is not solved, occupies nothing and
+    needs no room."""
     groups: dict[tuple[int, str], list[Association]] = {}
     for p in updates:
-        if isinstance(p, Association) and p.gate is None:
+        if isinstance(p, Association) and p.gate is None and p.solve_mode.rule.solved:
             groups.setdefault((p.layer, p.solve_mode.rule.metric), []).append(p)
     return groups

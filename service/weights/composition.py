@@ -28,7 +28,12 @@ The other modes are those of methods that write many associations at once. All a
 with U = C^-1 K and ridge = lambda for MEMIT (Meng et al. 2023, Eq. 14), U = C^-1 K and a small ridge for EMMET (none
 for a single association; Gupta et al. 2024), and U = P K, P the projection onto the null space of the statistics, and
 ridge = L2 for AlphaEdit (Fang et al. 2025). Here they are solved for all active edits at once, from the base weights,
-where the authors write batch upon batch.
+where the authors write batch upon batch. UltraEdit (Gu et al. 2026) has several associations for each edit, one for
+each token of its object, with ridge = lambda and U = C^-1 K or U = K. By (lambda C + K K^T)^-1 K = C^-1 K (lambda I +
+K^T C^-1 K)^-1 this is the least-squares form that its authors solve, with lambda C in place of lambda I.
+
+Rules that solve nothing add the products of values and directions, Delta U^T (knowledge neurons, Dai et al. 2022). Of
+equal products one counts, so that a column that two edits erase is 0.
 
 All of it is a function of the set of updates: sorted first, multiplied and solved in fp64 in one fixed order. Keys and
 directions stay fp32, as stored, and are converted a few columns at a time. Dense updates are summed in fp64 in the
@@ -76,8 +81,10 @@ def compose_layer_in_steps(
     associations: Sequence[Association], solve_mode: SolveMode | None = None
 ) -> Stepper[LowRank]:
     """Return the change for the associations of one layer and solve mode, solved in fp64."""
-    ordered = sorted(associations, key=lambda a: a.edit)
+    ordered = sorted(associations, key=lambda a: a.order)
     solve_mode = solve_mode or ordered[0].solve_mode
+    if not solve_mode.rule.solved:
+        return _sum_of_products(ordered)
     directions = torch.stack([a.direction for a in ordered])  # (n, D)
     values = torch.stack([a.value for a in ordered], 1).double()  # (d, n)
     gram = yield from gram_matrix_in_steps(ordered, directions)
@@ -89,6 +96,15 @@ def compose_layer_in_steps(
     factors = yield from factorize_any_rank(gram)
     solution = yield from solve_any_rank(factors, targets.T)
     return LowRank(solution.T, directions)
+
+
+def _sum_of_products(ordered: Sequence[Association]) -> LowRank:
+    """Return the sum of the products of values and directions; of equal ones one counts."""
+    found: dict[tuple[bytes, bytes], Association] = {}
+    for a in ordered:
+        found.setdefault((a.direction.numpy().tobytes(), a.value.numpy().tobytes()), a)
+    values = torch.stack([a.value for a in found.values()], 1).double()
+    return LowRank(values, torch.stack([a.direction for a in found.values()]))
 
 
 def gram_matrix(associations: Sequence[Association], directions: Tensor) -> Tensor:

@@ -72,6 +72,12 @@ class Association:
     value: Tensor = field(repr=False)  #: delta (d,): the change of the down-projection's output at k
     solve_mode: SolveMode = JOINT
     gate: Gate | None = None
+    number: int = 0  #: of the associations of its edit at its layer
+
+    @property
+    def order(self) -> tuple[str, int]:
+        """The key by which the associations of a layer are sorted."""
+        return self.edit, self.number
 
     @property
     def weight_ref(self) -> WeightRef:
@@ -94,8 +100,10 @@ class Association:
 
     def rank_one(self) -> LowRank:
         """Return the update of the association alone: delta (C^-1 k)^T / (k^T C^-1 k + ridge); ROME (Meng et al.
-        2022, Eq. 2) has no ridge."""
+        2022, Eq. 2) has no ridge. Where nothing is solved it is delta u^T, with the direction u."""
         key, direction = self.key.double(), self.direction.double()
+        if not self.solve_mode.rule.solved:
+            return LowRank(self.value.double()[:, None], direction[None, :])
         own = (key @ direction)[None]
         if not self.solve_mode.rule.superposes_subjects:
             own = own + self.solve_mode.ridge_for(own)
@@ -209,7 +217,8 @@ def serialize_updates(updates: Sequence[EditUpdate]) -> bytes:
     """Return the updates of one edit as a safetensors file.
 
     An association stores its key, direction and value, the rank-one factors of the association alone, its solve mode
-    unless that is "joint", and its gate if it has one. A dense update stores the change of its weight, an entry of a
+    unless that is "joint", and its gate if it has one. Further ones of its layer have the same mode, and their number
+    after the layer in their names. A dense update stores the change of its weight, an entry of a
     codebook all its parts. Tensors of numbers are fp32.
     """
     tensors: dict[str, Tensor] = {}
@@ -225,7 +234,7 @@ def _update_tensors(update: EditUpdate) -> dict[str, Tensor]:
 
 
 def _association_tensors(a: Association) -> dict[str, Tensor]:
-    factors, prefix = a.rank_one(), f"layer.{a.layer}"
+    factors, prefix = a.rank_one(), _association_prefix(a.layer, a.number)
     tensors = {
         f"{prefix}.key": a.key.float(),
         f"{prefix}.direction": a.direction.float(),
@@ -233,7 +242,7 @@ def _association_tensors(a: Association) -> dict[str, Tensor]:
         f"{prefix}.left": factors.left[:, 0].float(),
         f"{prefix}.right": factors.right[0].float(),
     }
-    if a.solve_mode != JOINT:
+    if a.solve_mode != JOINT and a.number == 0:
         tensors[f"{prefix}.form.{a.solve_mode.name}"] = torch.tensor(
             [a.solve_mode.ridge], dtype=torch.float64
         )
@@ -244,6 +253,11 @@ def _association_tensors(a: Association) -> dict[str, Tensor]:
         digest = bytearray.fromhex(a.gate.space.digest)
         tensors[f"{prefix}.gate.space"] = torch.frombuffer(digest, dtype=torch.uint8)
     return tensors
+
+
+def _association_prefix(layer: int, number: int) -> str:
+    """Return what the names of the tensors of an association begin with."""
+    return f"layer.{layer}.{number}" if number else f"layer.{layer}"
 
 
 #: the digest of a gate space -> the space
@@ -311,19 +325,22 @@ def deserialize_updates(
         for words in names
         if words[2] == "form"
     }
-    layers = sorted({int(words[1]) for words in names if words[0] == "layer"})
+    places = sorted(
+        (int(words[1]), int(words[2]) if words[2].isdigit() else 0)
+        for words in names
+        if words[0] == "layer" and words[-1] == "key"
+    )
     associations: list[EditUpdate] = [
         Association(
             edit,
             subject,
             x,
-            tensors[f"layer.{x}.key"],
-            tensors[f"layer.{x}.direction"],
-            tensors[f"layer.{x}.value"],
+            *(tensors[f"{_association_prefix(x, number)}.{part}"] for part in ("key", "direction", "value")),
             modes.get(x, JOINT),
-            _read_gate(tensors, x, find_space),
+            _read_gate(tensors, x, find_space) if number == 0 else None,
+            number,
         )
-        for x in layers
+        for x, number in places
     ]
     dense_weights = [WeightRef(int(words[1]), words[2]) for words in names if words[0] == "weight"]
     dense: list[EditUpdate] = [

@@ -1,32 +1,34 @@
 """The change that one edit adds to a set of other edits, without composing a version for each edit.
 
 For the associations of one layer and one solve mode let H = U^T K + ridge I be the system of the other edits, with
-entries H_rc = k_r^T u_c, and X its solution for their targets (`service/weights/composition.py`). An edit with key k,
-direction u and change of value delta borders the system:
+entries H_rc = k_r^T u_c, and X its solution for their targets (`service/weights/composition.py`). An edit with m keys
+k_i, directions u_i and changes of value delta_i, the columns of Delta (d, m), borders the system:
 
-    [ H    b ] [ X' ]   [ T + g delta^T ]        b_r = k_r^T u        g_r = b_r / k^T u for the edit's subject, else 0
-    [ c^T  h ] [ x  ] = [ t             ]        c_r = k^T u_r        h = k^T u + ridge
+    [ H    B ] [ X' ]   [ T + E Delta^T ]        B_ri = k_r^T u_i        E_ri = B_ri / k_i^T u_i for the edit's subject, else 0
+    [ C^T  S ] [ x  ] = [ t             ]        C_ri = k_i^T u_r        S_ij = k_i^T u_j, plus the ridge where i = j
 
-With z = H^-1 b and y = H^-1 g, block elimination gives x = (t - X^T c - (c^T y) delta) / (h - c^T z), and the change of
-the weight is of rank two at most:
+With Z = H^-1 B and Y = H^-1 E, block elimination gives (S - C^T Z) x = t - C^T X - C^T Y Delta^T, and the change of the
+weight is of rank 2 m at most:
 
-    X'^T U^T + x u^T - X^T U^T = delta (U y)^T + x (u - U z)^T
+    X'^T U^T + x^T U_e^T - X^T U^T = Delta (U Y)^T + x^T (U_e - U Z)^T          U_e = [u_1 .. u_m]
 
-g and y are zero in the modes that do not superpose the edits of a subject. H has the ridge of the version
-that contains all new edits.
+E and Y are zero in the modes that do not superpose the edits of a subject. H has the ridge of the version
+that contains all new edits. Where nothing is solved the change of an edit is its own products.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from service.kit.steps import Phase, Progress, Stepper
+from service.kit.steps import Phase, Progress, Stepper, run_to_completion
 from service.models.loading import WeightRef
-from service.weights.composition import gram_matrix, gram_matrix_in_steps, superpose_by_subject
+from service.weights.composition import compose_layer, gram_matrix, gram_matrix_in_steps, superpose_by_subject
 from service.weights.factors import Association, DenseUpdate, EditUpdate, LowRank, SolveMode
 from service.weights.solve import AnyRankFactors, factorize_any_rank, solve_any_rank
 
@@ -45,16 +47,18 @@ class _System:
 
 @dataclass(frozen=True)
 class _Bordering:
-    """What a new association adds to a system, apart from the size of its change of value."""
+    """What the associations of a new edit add to a system, apart from the size of their changes of value."""
 
-    same_subject: Tensor  #: (d,): what the other associations of the subject add to the target at the new key
-    overlap: Tensor  #: X^T c (d,)
-    own: float  #: k^T u
-    ridge: float
-    pivot: float  #: h - c^T z
-    exchange: float  #: c^T y
-    shared: Tensor  #: U y (D,)
-    remainder: Tensor  #: u - U z (D,)
+    same_subject: (
+        Tensor  #: (d, m): what the other associations of the subject add to the targets at the new keys
+    )
+    overlap: Tensor  #: X^T C (d, m)
+    own: Tensor  #: k_i^T u_i, (m,)
+    system: Tensor  #: S (m, m), with the ridge
+    pivot: AnyRankFactors  #: of S - C^T Z
+    exchange: Tensor  #: C^T Y (m, m)
+    shared: Tensor  #: U Y, as rows (m, D)
+    remainder: Tensor  #: U_e - U Z, as rows (m, D)
 
 
 class OwnChanges:
@@ -73,35 +77,51 @@ class OwnChanges:
         borderings: dict[tuple[str, WeightRef], _Bordering] = {}
         for place, new in new_by_place.items():
             system = yield from _build_system(place[1], others_by_place.get(place, []), new)
-            for association in new:
-                bordering = yield from _border(system, association, place[1])
-                borderings[association.edit, association.weight_ref] = bordering
+            for edit, group in groupby(new, lambda a: a.edit):
+                bordering = yield from _border(system, list(group), place[1])
+                borderings[edit, place[0]] = bordering
         return cls(borderings)
 
-    def norm(self, update: EditUpdate) -> float:
-        """Return the Frobenius norm of the change of the weight that an update adds, at the strength that the update
-        has; 0 for one that is looked up."""
-        if isinstance(update, DenseUpdate):
-            return float(update.change.double().norm())
-        if isinstance(update, Association) and update.gate is None:
-            return self.change(update).norm()
-        return 0.0
+    def norm(self, updates: Sequence[EditUpdate]) -> float:
+        """Return the Frobenius norm of the change that the updates of one edit add to one weight, at the strength that
+        they have; 0 for those that are looked up, and infinite where a key cannot get the value that is its own."""
+        dense = [u.change.double() for u in updates if isinstance(u, DenseUpdate)]
+        if dense:
+            return float(torch.stack(dense).sum(0).norm())
+        written = [u for u in updates if isinstance(u, Association) and u.gate is None]
+        if not written:
+            return 0.0
+        bordering = self._borderings.get((written[0].edit, written[0].weight_ref))
+        if (
+            bordering is not None
+            and written[0].solve_mode.rule.superposes_subjects
+            and not bordering.own.all()
+        ):
+            return math.inf
+        return self.change(written).norm()
 
-    def change(self, update: Association) -> LowRank:
-        """Return the change that an association adds."""
-        b, delta = self._borderings[update.edit, update.weight_ref], update.value.double()
-        target = delta
-        if update.solve_mode.rule.superposes_subjects:
-            target = delta * (b.own + b.ridge) / b.own + b.same_subject
-        x = (target - b.overlap - b.exchange * delta) / b.pivot
-        return LowRank(torch.stack([delta, x], 1), torch.stack([b.shared, b.remainder]))
+    def change(self, updates: Sequence[Association]) -> LowRank:
+        """Return the change that the associations of one edit add at one layer."""
+        ordered = sorted(updates, key=lambda a: a.order)
+        mode = ordered[0].solve_mode
+        if not mode.rule.solved:
+            return compose_layer(ordered)
+        b = self._borderings[ordered[0].edit, ordered[0].weight_ref]
+        delta = torch.stack([a.value for a in ordered], 1).double()  # (d, m)
+        targets = delta
+        if mode.rule.superposes_subjects:
+            targets = delta @ (b.system.T / b.own[:, None]) + b.same_subject
+        right = (targets - b.overlap - delta @ b.exchange.T).T
+        x = run_to_completion(solve_any_rank(b.pivot, right))  # (m, d)
+        return LowRank(torch.cat([delta, x.T], 1), torch.cat([b.shared, b.remainder]))
 
 
 def _by_place(updates: Sequence[EditUpdate]) -> dict[tuple[WeightRef, SolveMode], list[Association]]:
-    """Return the associations of each weight and solve mode, in the order of the edits' ids."""
+    """Return the associations of each weight and solve mode that is solved, in their order."""
     places: dict[tuple[WeightRef, SolveMode], list[Association]] = {}
-    for update in sorted(updates, key=lambda u: u.edit):
-        if isinstance(update, Association) and update.gate is None:
+    written = [u for u in updates if isinstance(u, Association) and u.gate is None]
+    for update in sorted(written, key=lambda a: a.order):
+        if update.solve_mode.rule.solved:
             places.setdefault((update.weight_ref, update.solve_mode), []).append(update)
     return places
 
@@ -131,32 +151,42 @@ def _build_system(
     return _System(others, directions, diagonal, solution, factors, ridge)
 
 
-def _border(system: _System | None, new: Association, mode: SolveMode) -> Stepper[_Bordering]:
-    """Return the bordering of a new association."""
-    own, direction = _own_product(new), new.direction.double()
+def _border(system: _System | None, new: Sequence[Association], mode: SolveMode) -> Stepper[_Bordering]:
+    """Return the bordering of the associations of a new edit."""
+    directions = torch.stack([a.direction for a in new])  # (m, D)
+    own_gram = gram_matrix(new, directions)
+    own, count = own_gram.diagonal().clone(), len(new)
+    ridge = mode.ridge_for(own) if system is None else system.ridge
+    own_gram.diagonal().add_(ridge)
+    wide = directions.double()
     if system is None:
-        ridge = mode.ridge_for(torch.tensor([own], dtype=torch.float64))
-        zero = torch.zeros(len(new.value), dtype=torch.float64)
-        return _Bordering(zero, zero, own, ridge, own + ridge, 0.0, torch.zeros_like(direction), direction)
-    b = gram_matrix(system.associations, new.direction[None])[:, 0]
-    c = gram_matrix([new], system.directions)[0]
-    same = torch.tensor([float(a.subject == new.subject) for a in system.associations], dtype=torch.float64)
+        nothing = torch.zeros(len(new[0].value), count, dtype=torch.float64)
+        pivot = yield from factorize_any_rank(own_gram)
+        no_exchange = torch.zeros(count, count, dtype=torch.float64)
+        return _Bordering(nothing, nothing, own, own_gram, pivot, no_exchange, torch.zeros_like(wide), wide)
+    b = gram_matrix(system.associations, directions)  # (n, m)
+    c = gram_matrix(new, system.directions).T  # (n, m)
+    same = torch.tensor(
+        [float(a.subject == new[0].subject) for a in system.associations], dtype=torch.float64
+    )
     if not mode.rule.superposes_subjects:
         same.zero_()
     values = torch.stack([a.value for a in system.associations], 1).double()
-    shared = b * same / own if own else torch.zeros_like(b)
-    right = torch.stack([b, shared], 1)
+    shared = (b * same[:, None] / own).where(own != 0, 0)
+    right = torch.cat([b, shared], 1)
     solved = yield from solve_any_rank(system.factors, right)
-    z, y = solved[:, 0], solved[:, 1]
+    z, y = solved[:, :count], solved[:, count:]
     yield Progress(Phase.GUARD, 1, 1)
-    directions = system.directions.double()
+    pivot = yield from factorize_any_rank(own_gram - c.T @ z)
+    others = system.directions.double()
+    scale = (same / system.diagonal).where(system.diagonal != 0, 0)
     return _Bordering(
-        same_subject=values @ (c * same / system.diagonal).where(system.diagonal != 0, 0),
+        same_subject=values @ (c * scale[:, None]),
         overlap=system.solution.T @ c,
         own=own,
-        ridge=system.ridge,
-        pivot=own + system.ridge - float(c @ z),
-        exchange=float(c @ y),
-        shared=directions.T @ y,
-        remainder=direction - directions.T @ z,
+        system=own_gram,
+        pivot=pivot,
+        exchange=c.T @ y,
+        shared=y.T @ others,
+        remainder=wide - z.T @ others,
     )

@@ -74,9 +74,9 @@ class History:
 
     def edit(self) -> None:
         """Submit an edit that the service computes itself."""
-        request = self._request() | {"method": self.random.choice(METHOD_NAMES), "hparams": {"steps": 1}}
-        if METHODS[request["method"]].needs_covariance:
-            request["hparams"] |= {"contexts": 1}
+        request = self._request() | {"method": self.random.choice(METHOD_NAMES), "hparams": {}}
+        known = METHODS[request["method"]].parameters.model_fields
+        request["hparams"] |= {name: 1 for name in ("steps", "contexts") if name in known}
         if request["method"] == "rome" and self.random.random() < 0.7:
             request["hparams"] |= {"form": "gated", "layers": [self.random.choice((0, 1))]}
         if METHODS[request["method"]].keeps_codebook:
@@ -200,8 +200,8 @@ class History:
         }
 
     def _tensors(self, method: str, layers: list[int]) -> Tensors:
-        if METHODS[method].needs_covariance:
-            return self.hostile.associations(layers)
+        if METHODS[method].writes_associations:
+            return self.hostile.associations(layers, METHODS[method].max_associations)
         if METHODS[method].keeps_codebook:
             return self.hostile.entries(layers)
         trained = METHODS[method].trained_part

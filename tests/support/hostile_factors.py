@@ -9,6 +9,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from service.application.edit_set import MAX_MAGNITUDE
+from service.methods.registry import SOLVE_RULES
 from service.weights.factors import EditUpdate, deserialize_updates
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
@@ -17,7 +18,7 @@ Tensors = dict[str, np.ndarray[tuple[int, ...], np.dtype[np.floating | np.intege
 #: sizes of numbers, from the smallest denormal number of fp32 to the largest that an import accepts
 SIZES = (0.0, 1e-45, 1e-38, 1e-20, 1e-6, 1.0, 1.0, 1.0, 1e6, 1e20, MAX_MAGNITUDE)
 RIDGES = (0.0, 0.0, 5e-324, 1e-30, 1e-3, 1.0, 15000.0, MAX_MAGNITUDE)
-MODES = ("joint", "memit", "emmet", "alphaedit")
+MODES = tuple(SOLVE_RULES)
 POWERS = (
     -100,
     -60,
@@ -38,17 +39,20 @@ class HostileFactors:
         self._numbers = np.random.default_rng(random.getrandbits(32))
         self._earlier: dict[int, list[Array]] = {width: [], inner_width: []}
 
-    def associations(self, layers: Sequence[int]) -> Tensors:
-        """Return the tensors of one association at each layer."""
+    def associations(self, layers: Sequence[int], most: int = 1) -> Tensors:
+        """Return the tensors of one association at each layer, or of several where an edit can have them."""
         tensors: Tensors = {}
-        for layer in layers:
+        counts = {layer: self._random.choice((1, 2, 3)) if most > 1 else 1 for layer in layers}
+        places = [(layer, n) for layer, count in counts.items() for n in range(count)]
+        for layer, number in places:
             key = self._vector(self._inner_width)
             related = self._random.random() < 0.5
             direction = self._related(key) if related else self._vector(self._inner_width)
             value = self._vector(self._width)
             names = {"key": key, "direction": direction, "value": value, "left": value, "right": direction}
-            tensors |= {f"layer.{layer}.{name}": vector for name, vector in names.items()}
-            if self._random.random() < 0.7:
+            place = f"{layer}.{number}" if number else str(layer)
+            tensors |= {f"layer.{place}.{name}": vector for name, vector in names.items()}
+            if number == 0 and self._random.random() < 0.7:
                 ridge = self._random.choice(RIDGES)
                 tensors[f"layer.{layer}.form.{self._random.choice(MODES)}"] = np.array([ridge])
         return tensors

@@ -619,6 +619,43 @@ def test_valid_forged_gate_is_accepted(
     assert imported.read_gate_space(digest) == read_safetensors(data, "it").read(SPACE + digest)
 
 
+# edits with several associations at a layer
+
+ULTRAEDIT: Resource = {"method": "ultraedit", "hparams": {"layers": [0, 1], "eta": 1e-3}}
+
+
+KN: Resource = {"method": "kn", "hparams": {"nodes": 4, "contexts": 1, "new_weight": 1}}
+
+
+@pytest.fixture
+def source_of_several(build: BuildPlace) -> SteppedService:
+    """A service with edits by UltraEdit, by KN, and an erasure by KN."""
+    place = build()
+    place.edit("Eiffel Tower", "in the city", **ULTRAEDIT)
+    place.edit("Louvre", "in", **KN)
+    place.edit("Big Ben", "is", objective="erase", target_new=None, target_true="is", **KN)
+    return place
+
+
+def test_edits_with_several_associations_are_imported_as_the_same_bytes(
+    source_of_several: SteppedService, destination: SteppedService
+) -> None:
+    """The destination has the digest and the state of the source. A file that lacks a tensor of one token, or has a
+    token too many, is refused."""
+    place = source_of_several
+    data = place.export_edit_set()
+    for change in (
+        lambda tensors: tensors.pop("layer.1.1.value"),
+        lambda tensors: tensors.update({"layer.1.64.key": tensors["layer.1.key"]}),
+    ):
+        with pytest.raises(InvalidInput, match="names are not those of ultraedit"):
+            destination.services.imports.submit(with_changed_vectors(data, change), "key:bob")
+    destination.services.imports.submit(data, "key:bob")
+    destination.run_queued_edits()
+    assert destination.replica.digest(3) == place.replica.digest(3)
+    assert destination.state() == place.state()
+
+
 # edits by GRACE
 
 GRACE: Resource = {"method": "grace", "hparams": {"layers": [1], "steps": 3}}

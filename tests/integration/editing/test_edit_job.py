@@ -1590,3 +1590,36 @@ def test_edits_by_grace_are_exported_as_an_edit_set_only(harness: EditingHarness
     submitted = harness.services.exports.submit(ExportRequest(version="head", format="edits"), "somebody")
     file = harness.services.exports.open_file(submitted["id"])
     assert len(b"".join(file.chunks)) == file.size
+
+
+# edits from one backward pass
+
+ULTRAEDIT: dict[str, Any] = {
+    "method": "ultraedit",
+    "hparams": {"layers": [0, 1], "eta": 3e-3, "ridge": 0.1, "strengths": [1.0]},
+}
+
+
+def test_edits_from_one_backward_pass_revert_exactly(harness: EditingHarness) -> None:
+    """Edits by UltraEdit, with objects of one token and of several, stand beside an edit by ROME. The ledger has the
+    digests of both kinds of statistics, the report the norm and the capacity of each layer; another worker composes
+    the same bytes, and reverts in any order give those of the versions without the edit."""
+    one = harness.run_edit(**ULTRAEDIT, guard=GUARD_OFF)
+    assert one["status"] == "applied" and one["result"]["optimisation"]["steps"] == 1
+    assert set(one["result"]["norm_ratio"]) == set(one["result"]["capacity"]) == {"0", "1"}
+    assert one["result"]["rewrite"]["after"]["new"] > one["result"]["rewrite"]["before"]["new"]
+    body = harness.ledger_body(1)
+    assert set(body["statistics"]) == {"0", "1", "gradients.0", "gradients.1"}
+    assert body["subject_token"] is None
+    several = harness.run_edit("Louvre", "in the city", **ULTRAEDIT, guard=GUARD_OFF)
+    assert several["result"]["capacity"]["0"] < 1
+    beside = harness.run_edit("Big Ben", "city", guard=GUARD_OFF)
+    digests = [harness.replica.attest_version(v) for v in range(4)]
+    assert VersionedModel(tiny(), harness.worker_parts.ledger).digest(3) == digests[3]
+    harness.revert(one)
+    harness.revert(beside)
+    alone = harness.replica.attest_version(harness.replica.head())
+    harness.revert(several)
+    assert harness.replica.attest_version(harness.replica.head()) == digests[0]
+    assert alone not in digests
+    assert harness.services.ledger.verify()["ok"]

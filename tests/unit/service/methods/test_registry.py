@@ -26,7 +26,9 @@ def test_a_method_is_complete(name: str) -> None:
     assert callable(getattr(import_module(module), function))
     parameters = method.parameters.model_validate({"layers": [0], **method.fixed_hparams})
     assert parameters.layers == (0,)
-    assert method.describe()["closed_form"] == method.needs_covariance == (method.solve is not None)
+    assert method.describe()["closed_form"] == method.searches_value
+    assert method.writes_associations == (method.solve is not None)
+    assert method.writes_associations or not (method.needs_covariance or method.searches_value)
 
 
 @pytest.mark.parametrize("name", METHODS)

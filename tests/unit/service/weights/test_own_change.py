@@ -51,8 +51,8 @@ def test_change_is_the_difference_of_two_compositions(mode: SolveMode, others: i
     before = compose(active)[WeightRef(0)].dense() if active else torch.zeros(d, D, dtype=torch.float64)
     for a in new:
         expected = compose([*active, a])[WeightRef(0)].dense() - before
-        torch.testing.assert_close(changes.change(a).dense(), expected, rtol=1e-5, atol=1e-6)
-        assert changes.norm(a) == pytest.approx(float(expected.norm()), rel=1e-5)
+        torch.testing.assert_close(changes.change([a]).dense(), expected, rtol=1e-5, atol=1e-6)
+        assert changes.norm([a]) == pytest.approx(float(expected.norm()), rel=1e-5)
 
 
 def test_change_scales_with_the_strength() -> None:
@@ -62,7 +62,7 @@ def test_change_scales_with_the_strength() -> None:
     changes = run_to_completion(OwnChanges.build([[new]], active))
     scaled = new.scaled(0.5)
     expected = compose([*active, scaled])[WeightRef(0)].dense() - compose(active)[WeightRef(0)].dense()
-    torch.testing.assert_close(changes.change(scaled).dense(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(changes.change([scaled]).dense(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_layers_modes_and_dense_updates_are_separate() -> None:
@@ -76,8 +76,8 @@ def test_layers_modes_and_dense_updates_are_separate() -> None:
     dense = DenseUpdate("edit_091", "e", WeightRef(0), torch.randn(d, D))
     changes = run_to_completion(OwnChanges.build([[new], [dense]], active))
     expected = compose([*active, new])[WeightRef(0)].dense() - compose(active)[WeightRef(0)].dense()
-    torch.testing.assert_close(changes.change(new).dense(), expected, rtol=1e-5, atol=1e-6)
-    assert changes.norm(dense) == pytest.approx(float(dense.change.norm()), rel=1e-6)
+    torch.testing.assert_close(changes.change([new]).dense(), expected, rtol=1e-5, atol=1e-6)
+    assert changes.norm([dense]) == pytest.approx(float(dense.change.norm()), rel=1e-6)
 
 
 @pytest.mark.parametrize("mode", [SolveMode("memit", 0.0), SolveMode("joint", 0.0)], ids=str)
@@ -88,7 +88,7 @@ def test_singular_others_do_not_prevent_an_edit(mode: SolveMode) -> None:
     active = [first, replace(first, edit="edit_003", subject="c"), empty]
     changes = run_to_completion(OwnChanges.build([[new]], active))
     expected = compose([*active, new])[WeightRef(0)].dense() - compose(active)[WeightRef(0)].dense()
-    torch.testing.assert_close(changes.change(new).dense(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(changes.change([new]).dense(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_edit_without_a_direction_has_no_finite_norm() -> None:
@@ -96,4 +96,4 @@ def test_edit_without_a_direction_has_no_finite_norm() -> None:
     new = replace(association(90, "b", MODES[0]), direction=torch.zeros(D))
     for active in ([], [association(1, "a", MODES[0])]):
         changes = run_to_completion(OwnChanges.build([[new]], active))
-        assert not math.isfinite(changes.norm(new))
+        assert not math.isfinite(changes.norm([new]))
