@@ -9,7 +9,7 @@ from api.errors import NotAcceptable
 from service.errors import Conflict
 
 JSON = "application/json"
-SVG, PNG, HTML = "image/svg+xml", "image/png", "text/html"
+SVG, PNG, HTML, CSV = "image/svg+xml", "image/png", "text/html", "text/csv"
 #: in the order of preference
 OFFERED_MEDIA_TYPES = (JSON, SVG, PNG, HTML)
 
@@ -66,6 +66,16 @@ def render_evaluation(resource: dict[str, Any], media_type: str) -> str | bytes:
         if media_type == SVG
         else plotting.render_png(figure)
     )
+
+
+def render_comparison(resources: Sequence[dict[str, Any]], media_type: str) -> str:
+    """Return finished evaluations beside each other, as a page or as CSV. Raises Conflict if one is not done."""
+    for resource in resources:
+        _require_done("evaluation", resource)
+    from service.evaluation import leaderboard, report
+
+    results = [resource["result"] for resource in resources]
+    return report.page(results) if media_type == HTML else leaderboard.csv_of(results)
 
 
 def _require_done(kind: str, resource: dict[str, Any]) -> None:

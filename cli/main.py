@@ -38,6 +38,7 @@ COMMANDS = (
     "export",
     "evaluate",
     "evaluations",
+    "report",
     "study",
     "tune",
     "api",

@@ -35,6 +35,7 @@ OVERVIEW = {
     "Evaluate": {
         "evaluate": "measure the quality of edits on a set of records",
         "evaluations": "list evaluations; `evaluations show ID` shows one",
+        "report": "show stored evaluations beside each other",
         "study": "trace or edit many facts and aggregate the results",
         "tune": "find a recipe for a model of your own",
     },

@@ -17,7 +17,7 @@ import {
   table,
   whileDisabled,
 } from "./components.js";
-import { get, post } from "./service.js";
+import { download, get, post } from "./service.js";
 import { disableUntilServing, fillMethods, onStatus, serviceStatus } from "./status.js";
 
 const MEASURES = {
@@ -336,6 +336,7 @@ function results(one, result) {
       save("Download SVG", "image/svg+xml", "svg"),
       save("Download PNG", "image/png", "png"),
     ),
+    comparison(one),
     errorBox,
     h(
       "section",
@@ -471,6 +472,37 @@ function figures(result) {
     { stacks: false },
   );
 }
+
+/** A choice of other evaluations, and buttons that download the report of all chosen ones. */
+function comparison(one) {
+  const others = h("select", { multiple: true, size: 4 });
+  const errorBox = h("div");
+  const save = (words, format) => {
+    const button = h("button", { type: "button", on: { click } }, words);
+    async function click() {
+      const ids = [one.id, ...[...others.selectedOptions].map(({ value }) => value)];
+      const path = `/evaluations/report?format=${format}&${ids.map((id) => `id=${id}`).join("&")}`;
+      await whileDisabled(button, errorBox, () => download(path, "*/*", `evaluations.${format}`));
+    }
+    return button;
+  };
+  const place = h(
+    "section",
+    { hidden: true },
+    h("h2", {}, "Compare"),
+    field("Other evaluations", others, "the report has their differences from this one, with paired intervals"),
+    errorBox,
+    h("div", { class: "actions" }, save("Download comparison", "html"), save("Download CSV", "csv")),
+  );
+  get("/evaluations?limit=50", { quiet: true }).then(({ items }) => {
+    const done = items.filter(({ id, status }) => id !== one.id && status === "done");
+    others.append(...done.map((other) => h("option", { value: other.id }, describe(other))));
+    place.hidden = !done.length;
+  });
+  return place;
+}
+
+const describe = (evaluation) => `${title(evaluation.request)}, ${timeAgo(evaluation.created)}`;
 
 function records(result) {
   const worst = [...result.rows].sort((a, b) => (a.after.p_new ?? 0) - (b.after.p_new ?? 0));

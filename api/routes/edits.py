@@ -10,6 +10,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import Discriminator, Field, Tag
 
 from api import openapi_links
+from api.content_negotiation import CSV
 from api.dependencies import (
     ActorDep,
     PageCursor,
@@ -40,7 +41,6 @@ from service.schemas import (
     RevertRequest,
 )
 
-CSV = "text/csv"
 CHUNK = 64_000  # characters of a downloaded list that are sent at once
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import html
 from collections.abc import Sequence
 
+from service.evaluation import leaderboard
 from service.evaluation.report_figures import figures
 from service.evaluation.report_text import (
     CHECKPOINT_COLUMNS,
@@ -27,6 +29,8 @@ def page(results: Sequence[Result]) -> str:
     body = "".join(
         plotting.inline_svg(plotting.render_svg(draw, name)) for name, draw in figures(results).items()
     )
+    if len(results) > 1:
+        body += _comparison(results)
     for result in results:
         body += (
             f"<h2>{html.escape(show_control_characters(label(result)))}</h2>\n"
@@ -36,6 +40,19 @@ def page(results: Sequence[Result]) -> str:
             body += plotting.html_table(CHECKPOINT_COLUMNS, rows)
         body += plotting.html_table(MEASURE_COLUMNS, measure_rows(result)) + _failed_edits(result)
     return plotting.html_page(title(results), body)
+
+
+def _comparison(results: Sequence[Result]) -> str:
+    """Return the table of methods and measures as HTML, with a link to the same as CSV, and the paired differences."""
+    data = base64.b64encode(leaderboard.csv_of(results).encode()).decode()
+    body = "<h2>Methods and measures</h2>\n" + plotting.html_table(*leaderboard.leaderboard(results))
+    body += f'<p><a download="evaluations.csv" href="data:text/csv;base64,{data}">Download all measures as CSV</a></p>\n'
+    if differences := leaderboard.difference_rows(results):
+        first = show_control_characters(label(results[0]))
+        body += plotting.html_paragraphs(
+            [f"Differences from {first}, on the records that both have. Intervals are paired bootstraps."]
+        ) + plotting.html_table(leaderboard.DIFFERENCE_COLUMNS, differences)
+    return body
 
 
 def _failed_edits(result: Result) -> str:

@@ -98,6 +98,19 @@ def _percentile_bounds(means: NDArray[np.float64], level: float) -> tuple[float,
     return float(low), float(high)
 
 
+def paired_difference(
+    first: Sequence[float],
+    second: Sequence[float],
+    level: float = CONFIDENCE_LEVEL,
+    rounds: int = BOOTSTRAP_ROUNDS,
+    seed: int = 0,
+) -> Interval:
+    """Return the mean of second - first over records that both have, with its percentile interval. The records are
+    resampled in pairs, so that what makes a record hard for both does not widen the interval."""
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    return bootstrap_mean(differences, level, rounds, seed)
+
+
 def bootstrap_mean(
     records: Sequence[float], level: float = CONFIDENCE_LEVEL, rounds: int = BOOTSTRAP_ROUNDS, seed: int = 0
 ) -> Interval:

@@ -114,3 +114,29 @@ def test_records_may_be_larger_than_other_bodies(tmp_path: Path) -> None:
     assert client.post("/evaluations", json={"records": [TOWER] * 200}).status_code == 413
     assert client.post("/edits", json={"edits": [TOWER] * 40}).status_code == 413
     test_app.close()
+
+
+def finished(client: TestClient) -> str:
+    answer = client.post("/evaluations", json=EVALUATION_BODY, headers=WAIT)
+    return str(answer.json()["id"])
+
+
+def test_evaluations_are_compared(client: TestClient, worker: FakeWorker) -> None:
+    """The report of several evaluations is a page, or CSV with a line for each measure; an id counts once."""
+    first, second = finished(client), finished(client)
+    page = client.get("/evaluations/report", params={"id": [first, second, first]})
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    assert page.text.count("Methods and measures") == 1
+    table = client.get("/evaluations/report", params={"id": [first], "format": "csv"})
+    assert table.headers["content-type"].startswith("text/csv") and table.text.startswith('"model","method"')
+    assert "attachment" in table.headers["content-disposition"]
+
+
+def test_evaluations_without_results_are_not_compared(client: TestClient) -> None:
+    """An evaluation that is not done gets 409, an unknown one 404, and no id or nine of them 422."""
+    queued = client.post("/evaluations", json=EVALUATION_BODY).json()["id"]
+    statuses = [
+        client.get("/evaluations/report", params=params).status_code
+        for params in ({"id": queued}, {"id": "evaluation_unknown"}, {}, {"id": [queued] * 9})
+    ]
+    assert statuses == [409, 404, 422, 422]
