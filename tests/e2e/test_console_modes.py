@@ -117,6 +117,19 @@ def test_an_evaluation_of_every_mode_is_shown(
     save_screenshot(page, f"evaluation-{mode.replace(' ', '-')}")
 
 
+def test_evaluations_are_compared_in_one_page(session: PageSession, service: EmbeddedService) -> None:
+    """The page of an evaluation downloads its comparison with others, with the differences from it."""
+    items = service.http.get("/evaluations").json()["items"]
+    newest, other, *_ = (e for e in items if e["status"] == "done" and e["request"]["mode"] == "sequence")
+    page = session.open(f"evaluations/{newest['id']}")
+    page.get_by_label("Other evaluations").select_option(other["id"])
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download comparison").click()
+    shown = Path(download.value.path()).read_text(encoding="utf-8")
+    assert "Methods and measures" in shown and "Differences from" in shown
+    save_screenshot(page, "evaluation-comparison")
+
+
 @pytest.mark.parametrize("mode", EDITS)
 def test_an_edit_of_every_mode_is_shown(
     session: PageSession, ended: Callable[[str, Resource], Resource], mode: str
