@@ -105,6 +105,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="further questions and measures (docs/evaluation.md#suites), some of "
         "free,consistency,divergence,negation,prefixes,portability,chat",
     )
+    add(
+        "--recall-facts",
+        type=positive_int,
+        metavar="N",
+        help="sequence: number of facts that are not edited on which to measure what the model still says (default: none)",
+    )
     add("--generation", action="store_true", help="also generate text, for GE and RS (slow)")
     add("--no-damage", action="store_true", help="do not measure loss and drift on unrelated texts")
     add(
@@ -167,7 +173,7 @@ def evaluate_locally(args: argparse.Namespace) -> int:
     comparisons = [load_result(Path(name)) for name in args.compare_with or ()]
     for reason, number in dataset.skipped.items():
         err.print(strip_control_chars(f"{number} records are skipped: {SKIP_DESCRIPTIONS[reason]}."))
-    result = run_evaluation(settings, plan, records, damage_texts, Path(args.out))
+    result = run_evaluation(settings, plan, records, dataset.records, damage_texts, Path(args.out))
     write_report(Path(args.out), [result, *comparisons])
     print_result(result, Path(args.out), args.json)
     return 0
@@ -209,7 +215,16 @@ def build_plan(args: argparse.Namespace) -> EvaluationPlan:
     """Return the plan that the flags describe."""
     from service.schemas import EvaluationPlan
 
-    names = ("method", "objective", "mode", "search_model", "batch_size", "damage_texts", "seed")
+    names = (
+        "method",
+        "objective",
+        "mode",
+        "search_model",
+        "batch_size",
+        "damage_texts",
+        "recall_facts",
+        "seed",
+    )
     fields: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name in ("checkpoints", "strengths", "suites"):
         if raw := getattr(args, name):
@@ -263,6 +278,7 @@ def run_evaluation(
     settings: Settings,
     plan: EvaluationPlan,
     records: Sequence[Record],
+    all_records: Sequence[Record],
     damage_texts: tuple[str, list[str]] | None,
     folder: Path,
 ) -> dict[str, Any]:
@@ -280,7 +296,8 @@ def run_evaluation(
     )
     corpus = Corpus(damage_texts[0], tuple(damage_texts[1])) if damage_texts else None
     replica, store = VersionedModel(model, EmptyLedger()), DirectoryStore(folder / ARTIFACTS_DIR)
-    return run_with_progress_bar(run_evaluation(replica, context, plan, records, store, corpus))
+    evaluating = run_evaluation(replica, context, plan, records, store, corpus, all_records)
+    return run_with_progress_bar(evaluating)
 
 
 def load_result(path: Path) -> dict[str, Any]:
@@ -329,6 +346,9 @@ def print_result_tables(result: dict[str, Any]) -> None:
         out.print(strip_control_chars(line))
     if rows := report_text.checkpoint_rows(result):
         out.print(table("", report_text.CHECKPOINT_COLUMNS, rows))
+        out.print()
+    if rows := report_text.age_rows(result):
+        out.print(table("", report_text.AGE_COLUMNS, rows))
         out.print()
     columns = report_text.MEASURE_COLUMNS
     out.print(format_list(columns, report_text.measure_rows(result), columns[-1:]))

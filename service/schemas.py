@@ -623,6 +623,12 @@ class EvaluationPlan(RequestModel):
         "(`free`), whether wordings agree (`consistency`), the change of whole distributions (`divergence`), negated statements "
         "(`negation`), the edit after other texts (`prefixes`), what follows from it (`portability`), and conversations (`chat`)",
     )
+    recall_facts: int | None = Field(
+        None,
+        ge=1,
+        le=10_000,
+        description="in sequence: number of facts that are not edited on which to measure what the model still says; default: none",
+    )
     damage: bool = Field(True, description="measure loss and drift on damage texts")
     damage_texts: int | None = Field(
         None,
@@ -641,6 +647,8 @@ class EvaluationPlan(RequestModel):
                 "edits that are computed on the edited model have one strength: give one.",
                 "strengths",
             )
+        if self.recall_facts and self.mode != "sequence":
+            raise InvalidInput("recall is measured in a sequence: leave recall_facts out.", "recall_facts")
         is_gated = (self.hparams or {}).get("form") == "gated"
         if self.search_model == "edited" and (is_gated or METHODS[self.method].keeps_codebook):
             raise InvalidInput(

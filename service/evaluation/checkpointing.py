@@ -40,6 +40,8 @@ class ArtifactKind(StrEnum):
     DAMAGE = "damage"  #: of an edit or of a number of edits
     TEXTS_BEFORE = "texts-before"  #: of a record on the base model
     TEXTS_AFTER = "texts-after"  #: of a record with edits active
+    SCORES_HALF = "scores-half"  #: of a batch of records with every second edit reverted
+    RECALL = "recall"  #: of a number of edits: whether the model says each fact that is not edited
     ANSWERS_BEFORE = "answers-before"  #: of a batch of records on the base model
     ANSWERS_AFTER = "answers-after"  #: of a batch of records with edits active
 

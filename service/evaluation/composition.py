@@ -32,6 +32,10 @@ class SequenceComposition(Protocol):
     def advance_to(self, count: int) -> Stepper[PatchSet]:
         """Return the weights with the first `count` edits active. `count` must not decrease."""
 
+    def compose_only(self, numbers: Sequence[int]) -> Stepper[PatchSet | None]:
+        """Return the weights with only these of the active edits, as after reverts of the others; None where an edit
+        cannot be reverted by itself."""
+
 
 class JointComposition:
     """Edits found on the base model, all active ones composed in closed form.
@@ -42,7 +46,11 @@ class JointComposition:
     def __init__(self, evaluation: EvaluationContext) -> None:
         self.evaluation = evaluation
         self.edit_details: list[dict[str, Any]] = []
-        self._active: list[EditUpdate] = []
+        self._groups: list[list[EditUpdate]] = []  # the updates of each active edit
+
+    @property
+    def _active(self) -> list[EditUpdate]:
+        return [u for group in self._groups for u in group]
 
     def checkpoints(self) -> list[int]:
         return _checkpoint_counts(self.evaluation, 1)
@@ -63,10 +71,14 @@ class JointComposition:
             progress = Progress(Phase.STRENGTHEN, first, len(evaluation.records))
             strengths = yield from report_as(stage, progress)
             for edit, strength in zip(edits, strengths, strict=True):
-                self._active += [u.scaled(strength) for u in edit.updates]
+                self._groups.append([u.scaled(strength) for u in edit.updates])
                 self.edit_details.append(edit.search | {"strength": strength})
         yield Progress(Phase.COMPOSE, count, count)
         return (yield from evaluation.replica.compose_patch_in_steps(self._active))
+
+    def compose_only(self, numbers: Sequence[int]) -> Stepper[PatchSet | None]:
+        updates = [u for number in numbers for u in self._groups[number]]
+        return (yield from self.evaluation.replica.compose_patch_in_steps(updates))
 
     def _choose_strengths(self, first: int, edits: Sequence[FoundEdit]) -> Stepper[list[float]]:
         """Return the strengths of some edits beside the active ones."""
@@ -102,6 +114,10 @@ class SequentialUpdates:
             self._patch = add_updates(evaluation.replica, self._patch, updates)
             self.edit_details += [edit.search | {"strength": strength} for edit in group]
         return self._patch
+
+    def compose_only(self, numbers: Sequence[int]) -> Stepper[PatchSet | None]:
+        yield from ()
+        return None
 
 
 def add_updates(replica: VersionedModel, patch: PatchSet, updates: Sequence[EditUpdate]) -> PatchSet:

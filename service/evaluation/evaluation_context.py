@@ -27,6 +27,7 @@ class EvaluationContext:
     records: Sequence[Record]
     damage_texts: Sequence[str]
     stages: StageCache
+    other_facts: Sequence[Record] = ()  #: facts that are not edited, on which recall is measured
 
     @property
     def batch_size(self) -> int:

@@ -25,11 +25,13 @@ from service.evaluation.suite_run import SuiteRun
 from service.kit.steps import Phase, Progress, Stepper, report_as
 from service.methods.registry import get_method
 from service.models.score import TargetScore
+from service.models.scoring import score_targets
 from service.patches.patch import BASE, PatchSet
 from service.scores.text_metrics import TfIdf, fluency
 
 RECORDS_PER_BATCH = 32  # records that are scored as one stage
 RETENTION_AFTER = (10, 100)  # a checkpoint also measures the first 10 and the first 100 edits by themselves
+AGE_GROUPS = 10  # parts of a sequence whose edits are measured by age
 NO_EDITS = BASE  # the weights of a model without edits
 
 
@@ -154,6 +156,7 @@ class EvaluationRun:
             tables.append(
                 (yield from self._evaluate_checkpoint(count, patch, previous_scores, scores, measures))
             )
+        half = yield from self._measure_reverted_half(composition, scores)
         rows = [
             self._result_row(i, s, m) | composition.edit_details[i]
             for i, (s, m) in enumerate(zip(scores, suite_measures, strict=True))
@@ -168,7 +171,42 @@ class EvaluationRun:
             "norm": last["norm"],
             "strengthened": self._count_strengthened(rows),
             "checkpoints": tables,
+            "ages": (yield from self._measure_ages(rows)),
+            "reverted_half": half,
             "rows": rows,
+        }
+
+    def _measure_ages(self, rows: Sequence[dict[str, Any]]) -> Stepper[list[dict[str, Any]]]:
+        """Return the measures of the edits of each tenth of the sequence, the oldest first, with all of them active;
+        nothing for a sequence of few edits."""
+        if len(rows) < AGE_GROUPS:
+            return []
+        ages = []
+        for group in range(AGE_GROUPS):
+            first, last = (len(rows) * g // AGE_GROUPS for g in (group, group + 1))
+            means = yield from self._summarize_measures([r["after"] for r in rows[first:last]])
+            ages.append({"first": first + 1, "last": last, "measures": means})
+        return ages
+
+    def _measure_reverted_half(
+        self, composition: SequenceComposition, scores: Sequence[RecordScores]
+    ) -> Stepper[dict[str, Any] | None]:
+        """Return the measures with every second edit reverted: of the edits that stay, and the share of reverted ones
+        whose prompts have the probabilities of the base model again. None for few edits, and where edits cannot be
+        reverted by themselves."""
+        kept, reverted = range(0, len(scores), 2), range(1, len(scores), 2)
+        patch = yield from composition.compose_only(kept)
+        if patch is None or len(scores) < AGE_GROUPS:
+            return None
+        after = yield from self._score_records(
+            ArtifactKind.SCORES_HALF, (len(scores),), "every second edit reverted", len(scores), patch
+        )
+        was_new = [i for i in reverted if not self.base_scores[i].edit_holds]
+        return {
+            "kept": (yield from self._summarize_measures([after[i].measures() for i in kept])),
+            "reverted": len(reverted),
+            "undone": sum(not after[i].edit_holds for i in was_new),
+            "held_by_the_base": len(reverted) - len(was_new),
         }
 
     def _evaluate_checkpoint(
@@ -198,7 +236,33 @@ class EvaluationRun:
             },
             "damage": damage,
             "norm": relative_weight_changes(self.replica, patch),
+            "recall": (yield from self._measure_recall(count, patch)) if self.plan.recall_facts else None,
         }
+
+    def _measure_recall(self, count: int, patch: PatchSet) -> Stepper[dict[str, float]]:
+        """Return the shares of facts that are not edited which the model says greedily, before and after, and the
+        share of the known ones that it no longer says."""
+        before = yield from self._known_facts(0, NO_EDITS)
+        after = yield from self._known_facts(count, patch)
+        known = [now for was, now in zip(before, after, strict=True) if was]
+        return {
+            "facts": len(before),
+            "before": sum(before) / len(before),
+            "after": sum(after) / len(after),
+            "forgotten": 1 - sum(known) / len(known) if known else 0.0,
+        }
+
+    def _known_facts(self, count: int, patch: PatchSet) -> Stepper[list[bool]]:
+        pairs = [(r.text, str(r.target_true)) for r in self.evaluation.other_facts]
+
+        def score() -> Stepper[list[bool]]:
+            scoring = score_targets(self.replica.base, pairs)
+            return [s.is_greedy for s in (yield from self.replica.step_with_patch(patch, scoring))]
+
+        known: list[bool] = yield from self.stages.run_once(
+            ArtifactKind.RECALL.name_of(count), StageKind.MEASURE, score()
+        )
+        return known
 
     # Both modes
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from service.models.scoring import measure_drift, score_targets
 from service.patches.patch import PatchSet
 from service.schemas import Sampling
 
+T = TypeVar("T")
 GENERATION_LENGTH = 100  # tokens of a generated text, including its prompt (Meng et al. 2022)
 GENERATION_TOP_K = 5  # the same
 GENERATION_BATCH_SIZE = 32  # texts generated in one batch
@@ -51,9 +53,9 @@ def texts_without_edited_facts(texts: Sequence[str], records: Sequence[Record]) 
     return [t for t in texts if not any(subject in t and object_ in t for subject, object_ in edited_facts)]
 
 
-def evenly_spaced(texts: Sequence[str], limit: int) -> list[str]:
-    """Return at most `limit` of the texts at equal distances."""
-    return list(texts[:: max(1, len(texts) // limit)][:limit])
+def evenly_spaced(items: Sequence[T], limit: int) -> list[T]:
+    """Return at most `limit` of the items at equal distances."""
+    return list(items[:: max(1, len(items) // limit)][:limit])
 
 
 def measure_damage(

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from service.evaluation import leaderboard
 from service.evaluation.report_figures import figures
 from service.evaluation.report_text import (
+    AGE_COLUMNS,
     CHECKPOINT_COLUMNS,
     MEASURE_COLUMNS,
     Result,
+    age_rows,
     checkpoint_rows,
     label,
     measure_rows,
@@ -38,6 +40,8 @@ def page(results: Sequence[Result]) -> str:
         )
         if rows := checkpoint_rows(result):
             body += plotting.html_table(CHECKPOINT_COLUMNS, rows)
+        if ages := age_rows(result):
+            body += "<h3>By age, with all edits active</h3>\n" + plotting.html_table(AGE_COLUMNS, ages)
         body += plotting.html_table(MEASURE_COLUMNS, measure_rows(result)) + _failed_edits(result)
     return plotting.html_page(title(results), body)
 

@@ -15,6 +15,7 @@ Cell = str | float | int | None
 MAIN_MEASURES = ("ES", "PS", "NS", "S")  #: what tables and figures show of every result
 MODE_LABELS = {"single": "one at a time", "sequence": "in sequence"}
 MEASURE_COLUMNS = ("measure", "before", "after", "95 % interval", "records", "what it is")
+AGE_COLUMNS = ("edits", "ES", "PS", "NS", "S", "exact")
 CHECKPOINT_COLUMNS = (
     "edits", "ES", "PS", "NS", "S", "95 % interval", "exact", "first 10", "first 100", "still hold", "loss", "drift", "norm",
 )  # fmt: skip
@@ -62,6 +63,17 @@ def sentences(result: Result) -> list[str]:
         lines.append(f"Records without a field: {counts}.")
     if texts := result["damage_texts"]:
         lines.append(f"Damage is measured on {texts['count']} plain texts: {texts['source']}.")
+    if half := result.get("reverted_half"):
+        lines.append(
+            f"With every second edit reverted, {half['undone']} of {half['reverted'] - half['held_by_the_base']} reverted edits no "
+            "longer hold."
+        )
+    recalls = [(t["edits"], t["recall"]) for t in result.get("checkpoints", ()) if t.get("recall")]
+    for edits, recall in recalls[-1:]:
+        lines.append(
+            f"With {edits} edits active the model says {100 * recall['after']:.1f} % of {recall['facts']} facts that are not edited; "
+            f"before {100 * recall['before']:.1f} %, of which it has forgotten {100 * recall['forgotten']:.1f} %."
+        )
     seconds_text = ", ".join(f"{kind} {s:.1f}" for kind, s in result["seconds"].items())
     rates_text = ", ".join(
         f"{name.replace('_', ' ')} {n:.1f}" for name, n in result["edits_per_minute"].items()
@@ -112,6 +124,19 @@ def _damage_rows(damage: dict[str, Any]) -> list[tuple[Cell, ...]]:
         ("loss", mean["loss_before"], mean["loss_after"], None, None, "on plain texts, nats per token"),
         ("drift", 0.0, mean["drift"], None, None, "KL divergence of the next token on plain texts, nats"),
     ]
+
+
+def age_rows(result: Result) -> list[tuple[Cell, ...]]:
+    """Return the rows of AGE_COLUMNS: the edits of a sequence by age, then every second one with the others
+    reverted."""
+    names = (*MAIN_MEASURES, "exact")
+    rows: list[tuple[Cell, ...]] = [
+        (f"{a['first']} to {a['last']}", *(_mean_or_none(a["measures"].get(n)) for n in names))
+        for a in result.get("ages", ())
+    ]
+    if half := result.get("reverted_half"):
+        rows.append(("half reverted", *(_mean_or_none(half["kept"].get(n)) for n in names)))
+    return rows
 
 
 def checkpoint_rows(result: Result) -> list[tuple[Cell, ...]]:

@@ -13,7 +13,9 @@ from importlib.metadata import version
 from typing import Any
 
 from service.covariance.corpus import Corpus
-from service.datasets.record import Record, check_record_fits
+from service.datasets.fact_table import find_facts_file
+from service.datasets.loading import read_records
+from service.datasets.record import Record, check_record_fits, record_fits
 from service.editing.context import EditorContext
 from service.engine.versioned_model import VersionedModel
 from service.errors import InvalidInput
@@ -37,10 +39,12 @@ def run_evaluation(
     records: Sequence[Record],
     store: ArtifactStore,
     damage_corpus: Corpus | None = None,
+    other_records: Sequence[Record] = (),
 ) -> Stepper[dict[str, Any]]:
     """Carry out a plan and return its result as JSON.
 
-    Damage is measured on the texts of `damage_corpus`, by default those of the editor's corpus.
+    Damage is measured on the texts of `damage_corpus`, by default those of the editor's corpus, and recall on
+    `other_records` about subjects that are not edited, by default on the fact table of the model.
     """
     plan.check_consistency()
     fitting, left_out = split_fitting_records(replica, plan, records)
@@ -59,6 +63,7 @@ def run_evaluation(
         fitting,
         evenly_spaced(texts, plan.damage_texts or DAMAGE_TEXTS[plan.mode]),
         StageCache(store),
+        select_other_facts(replica, plan, fitting, other_records),
     )
     results = yield from EvaluationRun(evaluation).execute()
     metadata = {
@@ -76,6 +81,27 @@ def run_evaluation(
         "libraries": {name: version(name) for name in LIBRARIES},
     }
     return nonfinite_to_none(metadata | results)  # type: ignore[no-any-return]
+
+
+def select_other_facts(
+    replica: VersionedModel, plan: EvaluationPlan, edited: Sequence[Record], records: Sequence[Record]
+) -> list[Record]:
+    """Return the facts on which a plan measures recall, by default of the model's table: about subjects that are not edited, each once, at equal
+    distances. Raise InvalidInput if the plan measures it and there are none."""
+    if not plan.recall_facts:
+        return []
+    table = find_facts_file(replica.base.path)
+    if not records and table is not None:
+        records = read_records(table, plan.seed)
+    subjects = {r.subject for r in edited}
+    others = {r.text: r for r in records if r.target_true and r.subject not in subjects}
+    fitting = [r for r in others.values() if record_fits(r, replica.base.text_encoder)]
+    if not fitting:
+        raise InvalidInput(
+            "recall needs facts that are not edited: this model has no fact table, and no other records were given.",
+            "recall_facts",
+        )
+    return evenly_spaced(fitting, plan.recall_facts)
 
 
 def split_fitting_records(

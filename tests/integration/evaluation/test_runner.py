@@ -18,7 +18,7 @@ from service.editing.context import EditInput, EditorContext
 from service.editing.strengthen import Assessment
 from service.engine.versioned_model import EmptyLedger, VersionedModel
 from service.errors import InvalidInput
-from service.evaluation import strengths
+from service.evaluation import evaluation_run, strengths
 from service.evaluation.measuring import generate_texts, texts_without_edited_facts
 from service.evaluation.metrics import PromptScores
 from service.evaluation.runner import run_evaluation
@@ -138,6 +138,51 @@ def test_suites_give_their_measures_before_and_after(name: str) -> None:
         assert shown & set(row["before"]) == shown & set(row["after"]) == measures
     tables = [t["measures"] for t in result.get("checkpoints", ())] + [result["before"], result["after"]]
     assert all(shown & set(means) == measures for means in tables)
+
+
+def test_half_of_a_sequence_is_reverted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every second edit reverted, the others have the measures of a sequence in which the reverted ones never
+    were, and each tenth of a sequence is measured by itself."""
+    monkeypatch.setattr(evaluation_run, "AGE_GROUPS", 2)
+    result = evaluate(mode="sequence", checkpoints=[5], damage=False)
+    alone = evaluate(records=RECORDS[0::2], mode="sequence", checkpoints=[3], damage=False)
+    half = result["reverted_half"]
+    for name in ("ES", "NS", "p_new"):
+        assert half["kept"][name]["mean"] == pytest.approx(alone["after"][name]["mean"], abs=1e-6)
+    assert half["reverted"] == 2 and half["undone"] == 2 - half["held_by_the_base"]
+    assert [(a["first"], a["last"]) for a in result["ages"]] == [(1, 2), (3, 5)]
+    newest = [r["after"]["p_new"] for r in result["rows"][2:]]
+    assert result["ages"][1]["measures"]["p_new"]["mean"] == pytest.approx(sum(newest) / 3)
+    published = evaluate(mode="sequence", checkpoints=[5], damage=False, search_model="edited")
+    assert published["reverted_half"] is None and len(published["ages"]) == 2
+
+
+def test_recall_is_measured_on_facts_that_are_not_edited() -> None:
+    """Recall is the share of greedy true objects, on records about subjects that are not edited."""
+    others = [replace(r, target_true=t) for r, t in zip(RECORDS, ("a", "is", "the", "in", "b"), strict=True)]
+    edited, model = RECORDS[:2], tiny()
+    unedited = [r for r in others if r.subject not in {e.subject for e in edited}]
+    greedy = [
+        model.decode([int(model.model(torch.tensor([model.encode(r.text)[0]])).logits[0, -1].argmax())])
+        for r in unedited
+    ]
+    known = replace(unedited[0], target_true=greedy[0].strip() or "x")
+    stepper = run_evaluation(
+        *make_replica_and_context(model),
+        EvaluationPlan(mode="sequence", checkpoints=[2], damage=False, recall_facts=9),
+        edited,
+        InMemoryStore(),
+        DAMAGE_CORPUS,
+        [*others[:2], known, *unedited[1:]],
+    )
+    recall = run_to_completion(stepper)["checkpoints"][-1]["recall"]
+    pairs = [(r.text, str(r.target_true)) for r in (known, *unedited[1:])]
+    expected = [is_greedy for _, is_greedy in log_probs_blocking(model, pairs)]
+    assert recall["facts"] == 3 and recall["before"] == sum(expected) / 3
+    with pytest.raises(InvalidInput, match="no fact table"):
+        evaluate(mode="sequence", recall_facts=5)
+    with pytest.raises(InvalidInput, match="leave recall_facts out"):
+        evaluate(recall_facts=5)
 
 
 def test_suite_for_conversations_needs_a_chat_template() -> None:
