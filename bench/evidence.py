@@ -2,6 +2,7 @@
 
     python bench/evidence.py --model FOLDER --records cases.json --data DATA --out runs/evidence
     python bench/evidence.py --only rome memit --single 300 --sequence 700
+    python bench/evidence.py --only rome "rome, gated" --single 50 --sequence 50 --suites free divergence
 
 The recipe is the one that `palimpsest tune` has written to DATA, else the model's own. Records at even
 indices are used for tuning; those at odd indices are reported. Results are stored in --out, and an
@@ -38,6 +39,7 @@ from service.editing.value_optimizer import ValueResult, ValueSearchSpec
 from service.engine.versioned_model import EmptyLedger, VersionedModel
 from service.evaluation.checkpointing import ArtifactKind
 from service.evaluation.runner import run_evaluation
+from service.evaluation.suites.registry import SUITES
 from service.kit.artifact_store import DirectoryStore
 from service.kit.steps import Stepper, run_to_completion
 from service.methods.registry import METHODS
@@ -168,6 +170,8 @@ class EvidenceExperiment:
         all_records = read_records(source, 0)
         self.records = list({r.subject: r for r in reversed(all_records[1::2])}.values())[::-1]
         self.all_records, self.out = all_records, args.out / model.name
+        self.suites: list[str] = args.suites or []
+        self.recall_facts: int | None = args.recall_facts
         cache = ValueSearchCache(searches or self.out / "searches", model)
         vars(associations)["optimize_values"] = cache.search_values
 
@@ -185,11 +189,14 @@ class EvidenceExperiment:
                 "search_model": row.base_model_for_search if mode == "sequence" else "base",
                 "checkpoints": list(checkpoints),
                 "batch_size": min(count, 1000) if row.strengths is None else None,
+                "suites": self.suites,
+                "recall_facts": self.recall_facts if mode == "sequence" else None,
             }
         )
         records = self.records[:count]
         run_name = f"{row.name.replace(', ', '-').replace(' ', '-')}-{count}"
-        folder = self.out / f"{mode}-{run_name}"
+        asked = "".join(f"-{name}" for name in self.suites)
+        folder = self.out / f"{mode}-{run_name}{asked}"
         result_path = folder / "result.json"
         if not result_path.exists():
             began = time.perf_counter()
@@ -237,6 +244,21 @@ def print_single(results: dict[str, dict[str, Any]], table: Table) -> None:
         rate = result["edits_per_minute"].get("total", "")
         cells = [percent(m[x], x == "S") for x in ("ES", "PS", "NS", "S", "EM", "exact")]
         table.add_row(name, *cells, rise, str(rate))
+    console.print(table)
+
+
+def print_suites(tables: dict[str, dict[str, Any]], suites: Sequence[str], table: Table) -> None:
+    """Print the measures of the suites, a line for each measure and a column for each method."""
+    table.add_column("measure")
+    for name in tables:
+        table.add_column(name)
+    for suite in suites:
+        for measure in SUITES[suite].measures:
+            estimates = [means.get(measure) for means in tables.values()]
+            if any(estimates):
+                scale = 1 if measure.startswith("kl_") else 100
+                cells = [f"{scale * e['mean']:.3g}" if e else "" for e in estimates]
+                table.add_row(measure.replace("_", " "), *cells)
     console.print(table)
 
 
@@ -289,6 +311,8 @@ def main() -> None:
         "--edited", type=int, default=100, help="max edits of sequences that are computed on the edited model"
     )
     p.add_argument("--checkpoints", type=int, nargs="*", default=[1, 10, 100, 200, 300, 500, 1000])
+    p.add_argument("--suites", nargs="*", choices=list(SUITES), help="also ask these suites")
+    p.add_argument("--recall-facts", type=int, metavar="N", help="facts on which sequences measure recall")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--markdown", action="store_true", help="print tables as in docs/evidence.md")
     args = p.parse_args()
@@ -302,6 +326,12 @@ def main() -> None:
         ]
         results = {r.name: experiment.run(r, "single", args.single, ()) for r in single_edit_rows}
         print_single(results, new_table(f"{args.single} facts, one edit at a time ({name})", args.markdown))
+        if args.suites:
+            before = next(iter(results.values()))["before"]
+            tables = {"base": before} | {row: result["after"] for row, result in results.items()}
+            print_suites(
+                tables, args.suites, new_table(f"{args.single} facts, suites ({name})", args.markdown)
+            )
     if args.sequence:
         sequences: dict[str, Checkpoints] = {}
         for r in chosen:
@@ -316,6 +346,9 @@ def main() -> None:
                 c for n, ends in runs for c in experiment.run(r, "sequence", n, ends)["checkpoints"]
             ]
         print_sequences(sequences, new_table(f"edit sequences ({name})", args.markdown))
+        if args.suites:
+            last = {row: checkpoints[-1]["measures"] for row, checkpoints in sequences.items()}
+            print_suites(last, args.suites, new_table(f"edit sequences, suites ({name})", args.markdown))
         print_growth(sequences, new_table(f"edit sequences, S and loss increase ({name})", args.markdown))
 
 
