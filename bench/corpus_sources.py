@@ -83,7 +83,13 @@ def main() -> None:
     results: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
     out = args.out / Path(args.model).resolve().parent.name / Path(args.model).resolve().name
     for name, corpus in corpus_sources(args, out / "texts").items():
-        options = vars(args) | {"corpus": corpus, "out": out / name.replace(" ", "-")}
+        changes = {
+            "corpus": corpus,
+            "out": out / name.replace(" ", "-"),
+            "suites": None,
+            "recall_facts": None,
+        }
+        options = vars(args) | changes
         experiment = EvidenceExperiment(argparse.Namespace(**options), out / "searches")
         single = experiment.run(ROME_ROW, "single", args.limit, ())
         joint = experiment.run(ROME_ROW, "sequence", args.limit, [args.limit])

@@ -43,6 +43,7 @@ COMMANDS = (
     "tune",
     "api",
     "worker",
+    "mcp",
     "migrate",
     "keys",
     "prune",

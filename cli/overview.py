@@ -42,6 +42,7 @@ OVERVIEW = {
     "Operate": {
         "api": "run an API process",
         "worker": "run a worker process",
+        "mcp": "tools for an assistant (Model Context Protocol)",
         "migrate": "migrate the database to this release",
         "keys": "create, list and revoke API keys",
         "prune": "delete expired jobs and idempotency keys",

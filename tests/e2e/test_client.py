@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import io
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
+import mcp
 import pytest
 
 from palimpsest import AsyncClient, Client, Conflict, EditRejected, InvalidRequest, NotFound, Progress
@@ -55,6 +58,42 @@ def test_edit_generate_compare_and_revert(client: Any) -> None:
     assert back.status == "reverted" and client.get_edit(edit.id) == back == client.revert(edit.id)
     again = client.generate(STATEMENT, max_new_tokens=2, min_version=back.reverted_version)
     assert again.text == client.generate(STATEMENT, max_new_tokens=2, version="base").text
+
+
+def test_an_assistant_edits_and_reverts(url: str) -> None:
+    """`palimpsest mcp`, called over stdin and stdout by the client of the protocol's package: an edit is tried, applied,
+    heard and reverted, and a fact is traced."""
+
+    async def run() -> None:
+        command = mcp.StdioServerParameters(
+            command=str(Path(sys.executable).with_name("palimpsest")), args=["mcp", "--url", url]
+        )
+        async with mcp.Client(command) as assistant:
+
+            async def call(name: str, **arguments: Any) -> Any:
+                result = await assistant.call_tool(name, arguments)
+                assert not result.is_error, result.content
+                return result.structured_content or result.content
+
+            tried = await call("try_edit", subject=SUBJECT, prompt=PROMPT, new_object="Rome")
+            assert tried["status"] == "dry_run_passed" and tried["says_after"].startswith(" Rome")
+            before = await call("ask", prompt=STATEMENT, max_tokens=2)
+            applied = await call("apply_edit", dry_run_id=tried["id"])
+            assert (await call("apply_edit", dry_run_id=tried["id"]))["id"] == applied["id"]
+            version = str(applied["version"])
+            assert (await call("ask", prompt=STATEMENT, version=version, max_tokens=2))["text"].startswith(
+                " Rome"
+            )
+            text, picture = await call("trace_fact", prompt=STATEMENT, subject=SUBJECT)
+            assert "strongest hidden" in text.text and picture.data
+            reverted = await call("revert_edit", id=applied["id"])
+            assert reverted["status"] == "reverted"
+            after = await call(
+                "ask", prompt=STATEMENT, version=str(reverted["reverted_version"]), max_tokens=2
+            )
+            assert after["text"] == before["text"]
+
+    asyncio.run(run())
 
 
 def test_streamed_tokens_are_the_text(client: Any) -> None:
