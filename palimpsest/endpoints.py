@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import date, datetime
 from typing import IO, Any, Literal, Required, TypedDict, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from palimpsest.errors import EditRejected, JobFailed, error_from_problem
 from palimpsest.resources import (
@@ -340,6 +340,8 @@ class Endpoints:
         strengths: Sequence[float] | None = None,
         batch_size: int | None = None,
         generation: bool | None = None,
+        suites: Sequence[str] | None = None,
+        recall_facts: int | None = None,
         damage: bool | None = None,
         damage_texts: int | None = None,
         seed: int | None = None,
@@ -361,6 +363,8 @@ class Endpoints:
             strengths=strengths,
             batch_size=batch_size,
             generation=generation,
+            suites=None if suites is None else list(suites),
+            recall_facts=recall_facts,
             damage=damage,
             damage_texts=damage_texts,
             seed=seed,
@@ -377,6 +381,16 @@ class Endpoints:
     def evaluations(self, *, limit: int | None = None) -> AsyncIterator[Evaluation]:
         """Yield evaluations without their results, newest first; at most `limit`."""
         return self._transport.iter_items("/evaluations", Evaluation, limit)
+
+    @endpoint
+    async def report(
+        self, evaluations: Iterable[Evaluation | str], form: Literal["html", "csv"] = "html"
+    ) -> bytes:
+        """Return evaluations beside each other, with paired differences from the first: a self-contained page, or CSV
+        with a line for each measure."""
+        ids = [e if isinstance(e, str) else e.id for e in evaluations]
+        query = urlencode({"id": ids, "format": form}, doseq=True)
+        return await self._transport.download(f"/evaluations/report?{query}")
 
     # jobs of all kinds
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, ClassVar, Self
 
+from palimpsest import notebook
+
 Json = Mapping[str, Any]
 
 
@@ -63,7 +65,7 @@ class JobFailure(Resource):
     detail: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Job(Resource):
     """Fields of every job. `kind` and `links` identify the specific resource of a listed job."""
 
@@ -83,6 +85,14 @@ class Job(Resource):
     ended: datetime | None = field(default=None, metadata=AS_TIMESTAMP)
     links: Mapping[str, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Return the id, the status and what the job is about; `raw` has everything."""
+        about = self._about()
+        return f"{type(self).__name__}({self.id!r}, {self.status}{f', {about}' if about else ''})"
+
+    def _about(self) -> str:
+        return self.kind
+
     @property
     def finished(self) -> bool:
         """Whether the job has ended, successfully or not."""
@@ -94,7 +104,7 @@ class Job(Resource):
         return self.error.detail if self.error else ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Edit(Job):
     """An edit. `result` has the measurements before and after."""
 
@@ -116,6 +126,17 @@ class Edit(Job):
     result: Json | None = None
     related: tuple[str, ...] = field(default=(), metadata=AS_TUPLE)  #: active edits of the same subject
     superseded_by: str | None = None
+
+    def _about(self) -> str:
+        statement = self.prompt.replace("{}", self.subject)
+        return (
+            f"{statement!r} \u2192 {self.target_new!r}"
+            if self.target_new
+            else f"{self.objective} {statement!r}"
+        )
+
+    def _repr_html_(self) -> str:
+        return notebook.edit_html(self)
 
     @property
     def applied(self) -> bool:
@@ -177,7 +198,7 @@ class EditTable(Resource):
     seconds_per_edit: float | None = None  #: an estimate from the newest edits, where there are some
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Trace(Job):
     """A causal trace. `result` has the tokens, the scores and the strongest state of each kind."""
 
@@ -187,8 +208,14 @@ class Trace(Job):
     version: int | None = None  #: the traced version
     result: Json | None = None
 
+    def _about(self) -> str:
+        return repr(self.request.get("prompt") or "a conversation")
 
-@dataclass(frozen=True, kw_only=True)
+    def _repr_html_(self) -> str:
+        return notebook.trace_html(self)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Evaluation(Job):
     """An evaluation. Lists omit its `result`."""
 
@@ -197,8 +224,14 @@ class Evaluation(Job):
     request: Json = field(default_factory=dict)
     result: Json | None = None
 
+    def _about(self) -> str:
+        return f"{self.request.get('method', '')}, {self.request.get('mode', '')}"
 
-@dataclass(frozen=True, kw_only=True)
+    def _repr_html_(self) -> str:
+        return notebook.evaluation_html(self)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Export(Job):
     """A version as a file; `result` describes the file."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -135,3 +137,34 @@ def test_audit_report_lists_every_entry(run: Run, url: str, tmp_path: Path, name
     assert escaped in rows[entries[-3].version]
     applied, reverted = (rows[e.version] for e in entries[-2:])
     assert "apply" in applied and "Oslo" in applied and "(as without it)" in reverted
+
+
+def run_cell(source: str, namespace: dict[str, object]) -> object:
+    """Run the code of a cell, and return the value of its last line if that is an expression."""
+    *body, last = ast.parse(source).body
+    if not isinstance(last, ast.Expr):
+        exec(compile(ast.Module([*body, last], []), "cell", "exec"), namespace)
+        return None
+    exec(compile(ast.Module(body, []), "cell", "exec"), namespace)
+    return eval(compile(ast.Expression(last.value), "cell", "eval"), namespace)
+
+
+def test_the_notebook_runs(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every cell of the notebook runs in order against a service, its edits, traces and evaluations are shown as HTML,
+    and the model is in the end what it was."""
+    notebook = json.loads((EXAMPLES / "tour.ipynb").read_text(encoding="utf-8"))
+    monkeypatch.setenv("PALIMPSEST_URL", url)
+    namespace: dict[str, object] = {}
+    shown: list[str] = []
+    for cell in notebook["cells"]:
+        assert not cell.get("outputs"), "a stored notebook has no outputs"
+        if cell["cell_type"] == "code":
+            value = run_cell("".join(cell["source"]), namespace)
+            if value is not None:
+                shown.append(value._repr_html_())
+    assert len(shown) == 4 and all(page.count("<table") for page in shown)
+    assert shown[1].count("MLPs") == 0 and "dry_run_passed" in shown[1]
+    first, *_, last = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("Edit(")]
+    assert first == last
