@@ -17,6 +17,7 @@ from cli.job_output import JobJson, failure_reason
 from cli.terminal import err, format_list, format_seconds, out, print_json, progress_bar, strip_control_chars
 from palimpsest import Client, EditTable, TableLine
 from service.errors import InvalidInput
+from service.kit.answer import answer_object
 from service.kit.time_estimate import TimeEstimate
 
 PORTION = 250  #: edits of one request: less than may wait at once
@@ -91,14 +92,16 @@ def _row(line: TableLine, answer: str | None) -> tuple[Any, ...]:
 
 
 def _present_answers(client: Client, lines: Sequence[TableLine]) -> Iterator[tuple[int, str]]:
-    """Yield the number of each line, and how the newest version continues its prompt."""
+    """Yield the number of each line, and the object that the newest version gives for its prompt."""
     with progress_bar() as display:
         for start in range(0, len(lines), PROMPTS_AT_ONCE):
             display.update("ask the model", start, len(lines))
             some = lines[start : start + PROMPTS_AT_ONCE]
             prompts = [stated_text(line.edit or {}) for line in some]
             said = client.generate_many(prompts, max_new_tokens=ANSWER_TOKENS)
-            yield from zip((line.line for line in some), (one.text.strip() for one in said), strict=True)
+            yield from zip(
+                (line.line for line in some), (answer_object(one.text) for one in said), strict=True
+            )
 
 
 def _apply_all(client: Client, edits: Sequence[dict[str, Any]], batch: str) -> list[JobJson]:

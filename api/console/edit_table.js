@@ -146,6 +146,9 @@ function stateOf({ error, note }) {
   return note ? h("span", { class: "soft" }, note) : h("span", { class: "good" }, "✓");
 }
 
+/** The beginning of an answer, up to the end of its first sentence. */
+const firstSentence = (text) => /^\s*(.*?[^.!?\n])(?=[.!?](\s|$)|\n|$)/s.exec(text)?.[1] ?? text.trim();
+
 /** Fill in how the newest version continues the prompt of each line. */
 async function askForAnswers(lines, places, signal) {
   for (let at = 0; at < lines.length; at += PROMPTS_AT_ONCE) {
@@ -153,7 +156,7 @@ async function askForAnswers(lines, places, signal) {
     const prompts = some.map(({ edit }) => splitPrompt(edit.prompt, edit.subject).join(""));
     const { choices } = await ask("POST", "/generate", { body: { prompts, max_new_tokens: 8 }, signal, quiet: true });
     some.forEach(({ line }, i) => {
-      places.get(line).textContent = choices[i].text.trim();
+      places.get(line).textContent = firstSentence(choices[i].text);
       places.get(line).className = "says";
     });
   }

@@ -728,13 +728,17 @@ def test_a_file_with_a_wrong_line_is_not_applied(fake: FakeService, capsys: Capt
 
 
 def test_a_file_is_checked_with_present_answers(fake: FakeService, capsys: Captured, csv_file: Path) -> None:
-    """`--check` prints each line with what the model says now, and edits nothing; it exits with 1 if a line is wrong."""
+    """`--check` prints each line with what the model says now, and edits nothing; it exits with 1 if a line is
+    wrong."""
     error = {"field": None, "column": None, "detail": "it has 2 cells, and the header has 3."}
     lines = [
         table_line(2, "Nile", "long", note="supersedes the active edit edit_9"),
         table_line(3, "x", "y", edit=None, error=error),
     ]
-    answer = {"choices": [{"text": " wide and deep", "tokens": [1], "finish_reason": "length"}], "version": 4}
+    answer = {
+        "choices": [{"text": " wide and deep. It", "tokens": [1], "finish_reason": "length"}],
+        "version": 4,
+    }
     fake.responses = {"POST /edits/preview": preview_of(*lines), "POST /generate": answer}
     assert main(["edit", "--file", str(csv_file), "--check"]) == 1
     shown = capsys.readouterr()
