@@ -9,13 +9,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from cli.edit_output import fact_text, stated_text
 from cli.flags import parse_columns
 from cli.job_output import JobJson, failure_reason
 from cli.terminal import err, format_list, format_seconds, out, print_json, progress_bar, strip_control_chars
-from palimpsest import Client, EditTable, TableLine
+from palimpsest import Client, EditRequest, EditTable, TableLine
 from service.errors import InvalidInput
 from service.kit.answer import answer_object
 from service.kit.time_estimate import TimeEstimate
@@ -40,7 +40,7 @@ def edit_from_file(args: argparse.Namespace, client: Client, options: dict[str, 
             "with --check."
         )
     batch = args.batch or batch_of(Path(args.file))
-    edits = [{**(line.edit or {}), **options} for line in table.items]
+    edits = [cast(EditRequest, {**(line.edit or {}), **options}) for line in table.items]
     if table.seconds_per_edit:
         expected = format_seconds(table.seconds_per_edit * len(edits))
         err.print(
@@ -104,7 +104,7 @@ def _present_answers(client: Client, lines: Sequence[TableLine]) -> Iterator[tup
             )
 
 
-def _apply_all(client: Client, edits: Sequence[dict[str, Any]], batch: str) -> list[JobJson]:
+def _apply_all(client: Client, edits: Sequence[EditRequest], batch: str) -> list[JobJson]:
     """Submit edits, show how many have ended until all have, and return them. They go on after Ctrl-C.
 
     A portion is submitted when the one before it has ended, so that the queue has room. Its key is made of its content:
