@@ -9,16 +9,18 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from cli.edit_output import fact_text, stated_text
 from cli.flags import parse_columns
 from cli.job_output import JobJson, failure_reason
 from cli.terminal import err, format_list, format_seconds, out, print_json, progress_bar, strip_control_chars
-from palimpsest import Client, Edit, EditTable, TableLine
+from palimpsest import Client, EditRequest, EditTable, TableLine
 from service.errors import InvalidInput
+from service.kit.answer import answer_object
 from service.kit.time_estimate import TimeEstimate
 
+PORTION = 250  #: edits of one request: less than may wait at once
 PROMPTS_AT_ONCE = 16  #: whose present answers one request asks for
 ANSWER_TOKENS = 8  #: of a present answer
 APPLIED = ("applied", "superseded")
@@ -38,15 +40,13 @@ def edit_from_file(args: argparse.Namespace, client: Client, options: dict[str, 
             "with --check."
         )
     batch = args.batch or batch_of(Path(args.file))
-    edits = [{**(line.edit or {}), **options} for line in table.items]
-    key = hashlib.sha256(json.dumps([batch, edits], sort_keys=True).encode()).hexdigest()
+    edits = [cast(EditRequest, {**(line.edit or {}), **options}) for line in table.items]
     if table.seconds_per_edit:
         expected = format_seconds(table.seconds_per_edit * len(edits))
         err.print(
             f"{len(edits)} edits as the batch {batch}: about {expected}, as long as the last ones took."
         )
-    submitted = client.edit_many(edits, batch=batch, key=key, wait=False)
-    return _report(args, batch, _wait_for_all(client, submitted, batch))
+    return _report(args, batch, _apply_all(client, edits, batch))
 
 
 def read_table(path: Path) -> str:
@@ -92,28 +92,39 @@ def _row(line: TableLine, answer: str | None) -> tuple[Any, ...]:
 
 
 def _present_answers(client: Client, lines: Sequence[TableLine]) -> Iterator[tuple[int, str]]:
-    """Yield the number of each line, and how the newest version continues its prompt."""
+    """Yield the number of each line, and the object that the newest version gives for its prompt."""
     with progress_bar() as display:
         for start in range(0, len(lines), PROMPTS_AT_ONCE):
             display.update("ask the model", start, len(lines))
             some = lines[start : start + PROMPTS_AT_ONCE]
             prompts = [stated_text(line.edit or {}) for line in some]
             said = client.generate_many(prompts, max_new_tokens=ANSWER_TOKENS)
-            yield from zip((line.line for line in some), (one.text.strip() for one in said), strict=True)
+            yield from zip(
+                (line.line for line in some), (answer_object(one.text) for one in said), strict=True
+            )
 
 
-def _wait_for_all(client: Client, edits: Sequence[Edit], batch: str) -> list[JobJson]:
-    """Show how many edits have ended, until all have, and return them. They go on after Ctrl-C."""
+def _apply_all(client: Client, edits: Sequence[EditRequest], batch: str) -> list[JobJson]:
+    """Submit edits, show how many have ended until all have, and return them. They go on after Ctrl-C.
+
+    A portion is submitted when the one before it has ended, so that the queue has room. Its key is made of its content:
+    the same command continues after an interruption, and edits nothing twice.
+    """
     estimate, ended = TimeEstimate(), list[JobJson]()
     try:
         with progress_bar() as display:
-            for number, edit in enumerate(edits):
-                display.update("edit", number, len(edits), estimate.seconds_left(number / len(edits)))
-                ended.append(client.wait_for(edit).raw)
+            for start in range(0, len(edits), PORTION):
+                portion = edits[start : start + PORTION]
+                content = json.dumps([batch, portion], sort_keys=True).encode()
+                key = hashlib.sha256(content).hexdigest()
+                for edit in client.edit_many(portion, batch=batch, key=key, wait=False):
+                    share = len(ended) / len(edits)
+                    display.update("edit", len(ended), len(edits), estimate.seconds_left(share))
+                    ended.append(client.wait_for(edit).raw)
     except KeyboardInterrupt:
         err.print(
-            f"The edits go on in the service. See them: palimpsest edits --batch {batch}. Revert or cancel all of them: "
-            f"palimpsest revert --batch {batch}"
+            f"What was submitted goes on in the service; the same command continues. See it: palimpsest edits --batch {batch}. "
+            f"Revert or cancel all of it: palimpsest revert --batch {batch}"
         )
         raise
     return ended

@@ -176,8 +176,8 @@ class Endpoints:
         wait: bool = True,
         on_end: Callable[[Edit], object] | None = None,
     ) -> list[Edit]:
-        """Submit up to 1,000 edits. All of them are queued, or none if one is invalid. `batch` is a name that they share,
-        for `edits` and `revert_batch`.
+        """Submit up to 1,000 edits. All of them are queued, or none if one is invalid. `batch` is a name that they
+        share, for `edits` and `revert_batch`.
 
         Return them in order once all have ended. Rejected edits do not raise: check `applied` and `reason`. `on_end` is
         called with each edit that has ended.
@@ -206,8 +206,8 @@ class Endpoints:
     ) -> AsyncIterator[Edit]:
         """Yield edits, newest first; at most `limit`.
 
-        `search`: words that are in the subject, the prompt or the objects. `since` and `until`: when they were created; a
-        day in `until` is included.
+        `search`: words that are in the subject, the prompt or the objects. `since` and `until`: when they were created;
+        a day in `until` is included.
         """
         filters = drop_none(status=status, subject=subject, search=search, actor=actor, batch=batch)
         filters |= _period(since, until)

@@ -26,7 +26,8 @@ export const withTrueObject = (edit) => ({
   target_true: edit.target_true ?? edit.result?.target_true ?? null,
 });
 
-const STATUSES = {
+/** The sign and the word of each status. */
+export const STATUSES = {
   queued: ["…", "queued"],
   running: ["…", "running"],
   applied: ["✓", "active"],
@@ -174,43 +175,55 @@ export function choice(label, options, { value = options[0][0], change = () => {
   };
 }
 
-/** A choice of head, base or a version number. */
+/** A choice of head, base, or a version by its number or name. */
 export function versions(label, value = "head") {
-  const number = h("input", {
-    type: "number",
-    min: 0,
-    step: 1,
-    inputmode: "numeric",
-    "aria-label": `${label}: number of the version`,
-    placeholder: "no.",
+  const other = h("input", {
+    type: "text",
+    "aria-label": `${label}: number or name of the version`,
+    placeholder: "no. or name",
+    spellcheck: "false",
+    autocomplete: "off",
+    class: "short",
   });
-  const named = value === "head" || value === "base" ? value : "number";
-  if (named === "number") number.value = value;
+  const named = value === "head" || value === "base" ? value : "other";
+  if (named === "other") other.value = value;
   const chosen = choice(
     label,
     [
       ["head", "head"],
       ["base", "base"],
-      ["number", "version"],
+      ["other", "version"],
     ],
     {
       value: named,
       change: (one) => {
-        number.hidden = one !== "number";
-        if (one === "number") number.focus();
+        other.hidden = one !== "other";
+        if (one === "other") other.focus();
       },
     },
   );
-  number.hidden = named !== "number";
-  chosen.element.querySelector(".options").append(number);
+  other.hidden = named !== "other";
+  chosen.element.querySelector(".options").append(other);
   return {
     element: chosen.element,
     get value() {
-      if (chosen.value !== "number") return chosen.value;
-      return number.value === "" ? "head" : Number(number.value);
+      if (chosen.value !== "other") return chosen.value;
+      const text = other.value.trim();
+      if (!text) return "head";
+      return /^\d+$/.test(text) ? Number(text) : text;
     },
   };
 }
+
+/** Links to the views of a page, with the present one marked. `views` are [address, words]. */
+export const viewLinks = (label, views, present) =>
+  h(
+    "nav",
+    { class: "views", "aria-label": label },
+    views.map(([address, words]) =>
+      h("a", { href: `#/${address}`, "aria-current": address === present ? "page" : null }, words),
+    ),
+  );
 
 /** A button that asks for confirmation in its place. */
 export function confirmButton(words, question, yes, run) {

@@ -8,6 +8,7 @@ import {
   field,
   formPage,
   autoGrow,
+  link,
   pill,
   selectedText,
   submitOnCtrlEnter,
@@ -17,6 +18,7 @@ import {
   FieldError,
 } from "./components.js";
 import { chatFields, statedPrompt } from "./conversation.js";
+import * as editTable from "./edit_table.js";
 import { subjectOf } from "./subject.js";
 import { get, post } from "./service.js";
 import { SEPARATORS, show as showReport } from "./report.js";
@@ -41,6 +43,10 @@ const EXAMPLE = {
 };
 
 export async function show(place, { id, query, signal }) {
+  if (id === "table") {
+    await editTable.show(place, { signal });
+    return;
+  }
   if (id) {
     await showReport(place, { id, signal });
     return;
@@ -123,6 +129,7 @@ function form(query, signal) {
     h("option", { value: "weights" }, "in the weights"),
     h("option", { value: "gated" }, "gated: looked up where the subject stands"),
   );
+  const batch = h("input", { type: "text", name: "batch", spellcheck: "false", autocomplete: "off" });
   const limits = guardFields();
   const layers = layerFields(signal, { methodName: () => method.value, request: () => asked({ forTrial: true }) });
   method.addEventListener("change", () => layers.refill());
@@ -170,6 +177,7 @@ function form(query, signal) {
           field("Form", form),
           field("If it conflicts with an active edit", conflict),
           field("Between sentence and object", separator),
+          field("Batch", batch, "a name that several edits share"),
         ),
         layers.element,
         limits.element,
@@ -181,6 +189,7 @@ function form(query, signal) {
         { class: "actions" },
         send,
         h("button", { type: "button", on: { click: () => (chat.clear(), take(EXAMPLE)) } }, "Use example"),
+        link("edits/table", "Edit a table of facts"),
       ),
     ),
   );
@@ -255,6 +264,7 @@ function form(query, signal) {
       ...(old.value.trim() ? { target_true: old.value.trim() } : {}),
       ...(separator.value ? { separator: SEPARATORS[separator.value] } : {}),
       ...(form.value ? { form: form.value } : {}),
+      ...(batch.value.trim() ? { batch: batch.value.trim() } : {}),
       ...(method.value ? { method: method.value } : {}),
       ...(named ? { hparams: { layers: named } } : {}),
       on_conflict: conflict.value,

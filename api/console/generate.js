@@ -129,8 +129,8 @@ export async function show(place, { query, signal }) {
   }
 }
 
-/** The order of two versions beside each other: the older one left, so base first. */
-const age = (version) => (version === "base" ? 0 : version === "head" ? Infinity : version);
+/** The order of two versions beside each other: the older one left, so base first. That of a name is not known. */
+const age = (version) => ({ base: 0, head: Infinity })[version] ?? (typeof version === "number" ? version : 1e9);
 
 /** Return the sampling parameters of an address, by the names of the service. */
 function samplingOf(query) {

@@ -1,16 +1,44 @@
-// The ledger as a timeline, newest first: every entry with its effect, and a button to revert each active edit.
+// The ledger: its history, newest first, with a button to revert each active edit; and the views beside it.
 
 import { announce, h, replaceChildren } from "./dom.js";
 import { plural, percent, timeAgo, actorName } from "./format.js";
 import { statedPrompt } from "./conversation.js";
-import { confirmButton, empty, link, pill, withTrueObject, whileDisabled, factLine } from "./components.js";
+import { confirmButton, empty, link, pill, viewLinks, withTrueObject, whileDisabled, factLine } from "./components.js";
+import * as editList from "./edit_list.js";
+import { batchLink } from "./edit_list.js";
 import { formOf } from "./report.js";
-import { ask, get } from "./service.js";
+import { all, ask, get } from "./service.js";
 import { refresh } from "./status.js";
+import * as versionDiff from "./version_diff.js";
+import * as versionNames from "./version_names.js";
 
 const PAGE = 30;
 
-export async function show(place, { signal }) {
+const VIEWS = {
+  edits: { words: "Edits", lead: "Every edit, also those that were not applied. Select several to revert them together.", page: editList },
+  diff: { words: "Differences", lead: "What is active for each fact at one version and at another.", page: versionDiff },
+  names: { words: "Names", lead: "Names of versions.", page: versionNames },
+};
+const LINKS = [["ledger", "History"], ...Object.entries(VIEWS).map(([name, { words }]) => [`ledger/${name}`, words])];
+
+export async function show(place, { id, query, signal }) {
+  if (!Object.hasOwn(VIEWS, id ?? "")) {
+    await showHistory(place, { signal });
+    return;
+  }
+  const { lead, page } = VIEWS[id];
+  const view = h("div", { class: "page" });
+  replaceChildren(
+    place,
+    h("h1", {}, "Ledger"),
+    viewLinks("Views of the ledger", LINKS, `ledger/${id}`),
+    h("p", { class: "lead" }, lead),
+    view,
+  );
+  await page.show(view, { query, signal });
+}
+
+async function showHistory(place, { signal }) {
   const verified = h("div", { class: "verified", "aria-live": "polite" });
   const check = h(
     "button",
@@ -24,6 +52,7 @@ export async function show(place, { signal }) {
   replaceChildren(
     place,
     h("div", { class: "headline" }, h("h1", {}, "Ledger"), check),
+    viewLinks("Views of the ledger", LINKS, "ledger"),
     h(
       "p",
       { class: "lead" },
@@ -37,6 +66,7 @@ export async function show(place, { signal }) {
   );
   let cursor = null;
   more.onclick = () => whileDisabled(more, failed, load);
+  const { items: names } = await all("/versions", { signal });
   await load();
 
   async function load() {
@@ -53,6 +83,7 @@ export async function show(place, { signal }) {
       replaceChildren(
         place,
         h("h1", {}, "Ledger"),
+        viewLinks("Views of the ledger", LINKS, "ledger"),
         empty(
           "The ledger is empty",
           h(
@@ -78,7 +109,12 @@ export async function show(place, { signal }) {
         h("span", { class: "unseen" }, "version "),
         String(entry.version),
       ),
-      h("div", { class: "card" }, entry.kind === "apply" ? applied(entry, edit) : reverted(entry, edit)),
+      h(
+        "div",
+        { class: "card" },
+        entry.kind === "apply" ? applied(entry, edit) : reverted(entry, edit),
+        names.filter(({ version }) => version === entry.version).map(({ name }) => h("span", { class: "batch" }, name)),
+      ),
     );
   }
 
@@ -92,6 +128,7 @@ export async function show(place, { signal }) {
         "div",
         { class: "meta" },
         edit && pill(edit.status),
+        edit?.batch && batchLink(edit.batch),
         h(
           "span",
           {},

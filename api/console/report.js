@@ -410,6 +410,7 @@ function detailSection(edit) {
     h("h2", {}, "Details"),
     facts([
       ["Method", edit.method],
+      ["Batch", edit.batch && link(`ledger/edits?batch=${edit.batch}`, edit.batch)],
       ["Layers", layers.join(", ")],
       ["Strength", figure(result.strength)],
       [

@@ -31,7 +31,8 @@ class JobChanges:
 
 
 def cancel_or_revert(session: Session, jobs: Sequence[Job], actor: str) -> JobChanges:
-    """Cancel or revert locked jobs of one kind and one model, each depending on its status. The caller holds the ledger's lock."""
+    """Cancel or revert locked jobs of one kind and one model, each depending on its status. The caller holds the
+    ledger's lock."""
     changes, reverted = JobChanges(), list[Job]()
     for job in jobs:
         if job.status == "queued":

@@ -25,8 +25,8 @@ SHOWN = (
 class VersionDiff:
     """Compares the active edits of two versions of the served model.
 
-    Whether an edit is active depends on the entries of its subject alone, so only subjects with an entry between the two
-    versions are read.
+    Whether an edit is active depends on the entries of its subject alone, so only subjects with an entry between the
+    two versions are read.
     """
 
     def __init__(self, database: Database) -> None:

@@ -40,7 +40,8 @@ class VersionNameService:
             return _serialize(version_names.get_name(session, model.fingerprint, name), model)
 
     def give(self, name: str, version: Version, actor: str) -> tuple[ResourceDict, bool]:
-        """Give a name to a version. Return the name, and whether it is new. Raises Conflict if another version has it."""
+        """Give a name to a version. Return the name, and whether it is new. Raises Conflict if another version has
+        it."""
         if name in WORDS:
             raise InvalidInput(f"{name!r} has a meaning of its own: choose another name.", "name")
         with self.database.write_session() as session:

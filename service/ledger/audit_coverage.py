@@ -71,7 +71,7 @@ _OUTCOME = (
 )  # fmt: skip
 #: the status of an edit follows from the ledger once it is applied
 _STATUS = case((_STILL_OPEN, "open"), (Job.version.is_not(None), "applied"), else_=Job.status)
-_EDIT = (*_SUBMISSION, _STATUS, *map(_after_end, _OUTCOME))
+_EDIT: tuple[Column, ...] = (*_SUBMISSION, _STATUS, *map(_after_end, _OUTCOME))
 _ENTRY = (
     LedgerEntry.model, LedgerEntry.version, LedgerEntry.kind, LedgerEntry.edit_id, LedgerEntry.actor, LedgerEntry.at,
     LedgerEntry.body, LedgerEntry.state, LedgerEntry.previous, LedgerEntry.hash,

@@ -19,6 +19,7 @@ from sqlalchemy import inspect, select, text
 from service.db.database import MIGRATIONS_DIR, Database, alembic_config
 from service.db.models import Base, Job
 from service.errors import Misconfigured, Unavailable
+from service.kit.search_text import search_text
 
 #: forks ten processes after the imports, and lets them migrate at the same time
 MIGRATE_SCRIPT = """
@@ -130,6 +131,29 @@ def test_names_of_revision_4(empty: Any) -> None:
     assert {row.id: (row.status, bool(row.dead), row.error and json.loads(row.error)) for row in rows} == {
         status: (status, status == "failed", error) for status, error in errors.items()
     }
+
+
+def test_searched_texts_of_revision_11(empty: Any) -> None:
+    """Revision 0011 fills the searched text of the edits that exist, as a new edit has it, and of no other job."""
+    empty.migrate("0010")
+    insert_job = """INSERT INTO jobs (id, kind, model, status, request, result, actor, created, updated, attempts,
+        cancel_requested, subject, dry_run) VALUES (:id, :kind, 'm', 'applied', :request, :result, 'a', '2026-01-01',
+        '2026-01-01', 1, false, 's', false)"""
+    request = {"subject": "Nile ", "prompt": "{} IS", "target_new": "lang", "target_true": None}
+    result = {"target_true": "STRAẞE"}
+    with empty.engine.begin() as connection:
+        connection.execute(text(ROWS[0]))
+        for number in range(60):
+            values = {"id": f"edit_{number}", "kind": "edit", "request": json.dumps(request)}
+            connection.execute(text(insert_job), values | {"result": json.dumps(result) if number else None})
+        values = {"id": "trace_1", "kind": "trace", "request": json.dumps(request), "result": None}
+        connection.execute(text(insert_job), values)
+    empty.migrate()
+    with empty.read_session() as session:
+        texts = {row.id: row.search_text for row in session.execute(select(Job.id, Job.search_text))}
+    assert texts.pop("trace_1") is None
+    assert texts.pop("edit_0") == search_text(request)
+    assert set(texts.values()) == {search_text(request, result)} and len(texts) == 59
 
 
 def test_to_a_revision(empty: Any) -> None:

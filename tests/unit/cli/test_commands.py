@@ -649,3 +649,205 @@ def test_models_are_listed(fake: FakeService, capsys: Captured) -> None:
     fake.responses = {"GET /models": {"items": [], "next": None}}
     assert main(["models"]) == 0
     assert "palimpsest serve" in capsys.readouterr().out
+
+
+TABLE = "subject,prompt,target_new\nNile,The {} is,long\nRhine,The Rhine is,short\n"
+
+
+def table_line(number: int, subject: str, target: str, **more: Any) -> dict[str, Any]:
+    edit = {"subject": subject, "prompt": "The {} is", "target_new": target, "probes": {"paraphrase": "auto"}}
+    return {"line": number, "edit": edit, "error": None, "note": None, **more}
+
+
+def preview_of(*lines: dict[str, Any]) -> dict[str, Any]:
+    valid = sum(line["error"] is None for line in lines)
+    return {"items": list(lines), "valid": valid, "seconds_per_edit": 2.0}
+
+
+@pytest.fixture
+def csv_file(tmp_path: Path) -> Path:
+    path = tmp_path / "my corrections.csv"
+    path.write_text("\ufeff" + TABLE, encoding="utf-8")
+    return path
+
+
+def test_a_file_is_applied_as_a_batch(fake: FakeService, capsys: Captured, csv_file: Path) -> None:
+    """The lines of a CSV file are checked and submitted as one batch with the name of the file; each has the flags of
+    the command. The key depends on the content, and the exit code says whether all were applied."""
+    lines = [table_line(2, "Nile", "long"), table_line(3, "Rhine", "short")]
+    made = [{**EDIT_FIELDS, **line["edit"], "id": f"edit_{line['line']}"} for line in lines]
+    ended = [
+        made[0] | {"status": "applied", "version": 1},
+        made[1] | {"status": "rejected", "result": {"reason": "it is wide."}},
+    ]
+    fake.responses = {
+        "POST /edits/preview": preview_of(*lines),
+        "POST /edits": {"items": [edit | {"status": "queued"} for edit in made]},
+        "GET /edits/edit_2/events": sse_stream(("end", ended[0])),
+        "GET /edits/edit_3/events": sse_stream(("end", ended[1])),
+        "GET /edits/edit_2": ended[0],
+        "GET /edits/edit_3": ended[1],
+    }
+    assert (
+        main(
+            [
+                "edit",
+                "--file",
+                str(csv_file),
+                "--column",
+                "prompt=Where",
+                "--no-probes",
+                "--hparam",
+                "steps=2",
+            ]
+        )
+        == 1
+    )
+    shown = capsys.readouterr()
+    assert "1 applied, 1 rejected." in shown.out and "palimpsest revert --batch my-corrections" in shown.out
+    assert "The Rhine is → short: rejected: it is wide." in shown.err and "about 4 s" in shown.err
+    assert fake.requests[0] == ("POST /edits/preview", {"csv": TABLE, "columns": {"prompt": ["Where"]}})
+    _, body = fake.requests[1]
+    flags = {"probes": {"paraphrase": [], "neighborhood": []}, "hparams": {"steps": 2}}
+    assert body == {"edits": [line["edit"] | flags for line in lines], "batch": "my-corrections"}
+    assert len(fake.headers[1]["idempotency-key"]) == 64
+
+
+def test_a_file_with_a_wrong_line_is_not_applied(fake: FakeService, capsys: Captured, csv_file: Path) -> None:
+    """A wrong line is named with its column, and nothing is submitted."""
+    error = {"field": "target_new", "column": "to", "detail": "is empty: add some text."}
+    fake.responses = {
+        "POST /edits/preview": preview_of(
+            table_line(2, "Nile", "long"), table_line(3, "Rhine", "", edit=None, error=error)
+        )
+    }
+    assert main(["edit", "--file", str(csv_file)]) == 1
+    shown = capsys.readouterr().err
+    assert "line 3, column 'to': is empty" in shown and "1 of 2 lines cannot be edits" in shown
+    assert [name for name, _ in fake.requests] == ["POST /edits/preview"]
+
+
+def test_a_file_is_checked_with_present_answers(fake: FakeService, capsys: Captured, csv_file: Path) -> None:
+    """`--check` prints each line with what the model says now, and edits nothing; it exits with 1 if a line is
+    wrong."""
+    error = {"field": None, "column": None, "detail": "it has 2 cells, and the header has 3."}
+    lines = [
+        table_line(2, "Nile", "long", note="supersedes the active edit edit_9"),
+        table_line(3, "x", "y", edit=None, error=error),
+    ]
+    answer = {
+        "choices": [{"text": " wide and deep. It", "tokens": [1], "finish_reason": "length"}],
+        "version": 4,
+    }
+    fake.responses = {"POST /edits/preview": preview_of(*lines), "POST /generate": answer}
+    assert main(["edit", "--file", str(csv_file), "--check"]) == 1
+    shown = capsys.readouterr()
+    assert "The Nile is → long" in shown.out and "wide and deep" in shown.out
+    assert "supersedes the active edit edit_9" in shown.out and "✗ it has 2 cells" in shown.out
+    assert fake.requests[1] == ("POST /generate", {"prompts": ["The Nile is"], "max_new_tokens": 8})
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["Nile", "The {} is"], "is missing"),
+        ([], "give SUBJECT, PROMPT and TARGET"),
+        (["--check"], "give SUBJECT, PROMPT and TARGET"),
+        (["Nile", "{} is", "long", "--check"], "--check and --column belong to --file"),
+        (["Nile", "--file", "x.csv"], "subject belongs to one edit"),
+        (["--file", "x.csv", "--erase"], "objective belongs to one edit"),
+        (["--file", "nothing.csv"], "cannot be read"),
+    ],
+)
+def test_an_edit_and_a_file_are_not_mixed(
+    fake: FakeService, capsys: Captured, words: list[str], said: str
+) -> None:
+    """What belongs to one edit is refused for a file, and the other way round."""
+    fake.responses = {"POST /edits": FakeService.problem(422, "`target_new` is missing: add it.")}
+    assert main(["edit", *words]) in (1, 2)
+    assert said in capsys.readouterr().err
+
+
+def test_several_edits_are_reverted_together(fake: FakeService, capsys: Captured) -> None:
+    """Several ids, or a batch, are one request; its outcome is printed with the newest version."""
+    fake.responses = {
+        "POST /edits/revert": {
+            "version": 9,
+            "reverted": ["edit_1", "edit_2"],
+            "cancelled": [],
+            "unchanged": ["edit_3"],
+        }
+    }
+    assert main(["revert", "edit_1", "edit_2", "edit_3"]) == 0
+    assert main(["revert", "--batch", "wrong"]) == 0
+    assert (
+        capsys.readouterr().out.splitlines()
+        == ["2 reverted, 1 had nothing to revert. Version 9 is the newest."] * 2
+    )
+    assert [body for _, body in fake.requests] == [
+        {"edits": ["edit_1", "edit_2", "edit_3"]},
+        {"batch": "wrong"},
+    ]
+    for words in ([], ["edit_1", "--batch", "wrong"]):
+        assert main(["revert", *words]) != 0
+    assert "give the ids of edits, or a batch" in capsys.readouterr().err
+
+
+def test_a_list_is_filtered_and_saved(fake: FakeService, capsys: Captured, tmp_path: Path) -> None:
+    """`edits` sends its filters, and `--save` writes the whole list to a new file in the form of its ending."""
+    fake.responses = {"GET /edits/export": b"id\r\n", "GET /edits": {"items": [], "next": None}}
+    filters = ["--search", "nile long", "--batch", "rivers", "--since", "2026-12-01"]
+    path = tmp_path / "edits.csv"
+    assert main(["edits", *filters]) == main(["edits", *filters, "--save", str(path)]) == 0
+    asked = {"search": "nile long", "batch": "rivers", "since": "2026-12-01"}
+    assert fake.requests == [
+        ("GET /edits", asked | {"limit": "20"}),
+        ("GET /edits/export", asked | {"format": "csv"}),
+    ]
+    assert path.read_bytes() == b"id\r\n"
+    for name in ("edits.csv", "edits.xls"):
+        assert main(["edits", "--save", str(tmp_path / name)]) != 0
+    assert "File exists" in (said := capsys.readouterr().err) and "must end in .csv or .json" in said
+
+
+def test_versions_are_named_listed_and_compared(fake: FakeService, capsys: Captured) -> None:
+    """`versions` lists names, gives and deletes them, and prints the facts that differ between two versions."""
+    named = {
+        "name": "release-1",
+        "version": 4,
+        "model": "almanac@release-1",
+        "actor": "key:ci",
+        "created": "2026-12-01T09:30:00+00:00",
+    }
+    side = {"edit_id": "edit_1", "objective": "write", "target_new": "long"}
+    change = {
+        "change": "replaced",
+        "subject": "Nile",
+        "prompt": "The {} is",
+        "before": side,
+        "after": side
+        | {"edit_id": "edit_2", "objective": "erase", "target_new": None, "resolved_true": "wide"},
+    }
+    fake.responses = {
+        "PUT /versions/release-1": named,
+        "GET /versions": {"items": [named], "next": None},
+        "DELETE /versions/release-1": named,
+        "GET /ledger/diff": {"before": 3, "after": 4, "items": [change], "next": None},
+    }
+    assert main(["versions", "name", "release-1", "4"]) == main(["versions"]) == 0
+    assert main(["versions", "diff", "3", "release-1"]) == main(["versions", "delete", "release-1"]) == 0
+    shown = capsys.readouterr().out
+    assert "release-1 is version 4. Below /v1 it is the model almanac@release-1." in shown
+    assert "2026-12-01 09:30" in shown and "no longer names version 4" in shown
+    assert "The Nile is" in shown and "erase wide" in shown and "edit_2" in shown
+    assert fake.requests[0] == ("PUT /versions/release-1", {"version": 4})
+    assert fake.requests[2] == ("GET /ledger/diff", {"before": "3", "after": "release-1", "limit": "200"})
+
+
+def test_a_version_has_a_name(fake: FakeService, capsys: Captured) -> None:
+    """Commands send a name as it is, and refuse what can be none."""
+    fake.responses = {"POST /generate": {"text": "x", "version": 4, "tokens": [], "finish_reason": "stop"}}
+    assert main(["generate", "The", "--version", "before-release", "--json"]) == 0
+    assert fake.requests[0][1]["version"] == "before-release"
+    with pytest.raises(SystemExit):
+        main(["generate", "The", "--version", "-1 x"])

@@ -27,7 +27,8 @@ def test_a_list_is_read_back() -> None:
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 def test_what_a_line_states(separator: str) -> None:
-    """A line states a request with its probes, whichever separator the header has; the service finds what is missing."""
+    """A line states a request with its probes, whichever separator the header has; the service finds what is
+    missing."""
     header = ["subject", "prompt", "target_new", "paraphrases", "neighborhood.prompt", "neighborhood.target"]
     cells = ["Nile", "The Nile is", "short", "Is the {}", "The Rhine is", "long"]
     text = "\n".join(separator.join(line) for line in (header, cells, [*cells[:3], "", "", ""]))
