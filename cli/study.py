@@ -80,9 +80,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     neurons.add_argument(
         "--nodes",
         type=positive_int,
-        default=20,
+        default=50,
         metavar="N",
-        help="midpoints of the integral of the gradient (default: 20)",
+        help="midpoints of the integral of the gradient (default: 50)",
     )
     neurons.add_argument(
         "--wordings",

@@ -231,7 +231,9 @@ class NeuronParameters(BaseModel):
     layers: tuple[int, ...] = Field(
         min_length=1, max_length=256, description="layers whose neurons are looked at, from 0; by default all"
     )
-    nodes: int = Field(20, ge=1, le=100, description="midpoints of the integral of the gradient")
+    nodes: int = Field(
+        50, ge=1, le=200, description="midpoints of the integral of the gradient (authors: 20 left ends)"
+    )
     threshold: float = Field(
         0.2, gt=0, le=1, description="least attribution of a neuron in a prompt, as a share of the greatest"
     )

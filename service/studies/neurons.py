@@ -41,7 +41,7 @@ class NeuronPlan:
     """The settings of every attribution, as in `NeuronParameters`."""
 
     wordings: int = 5  #: of a fact, at most
-    nodes: int = 20
+    nodes: int = 50
     threshold: float = 0.2
     share: float = 0.7
 
