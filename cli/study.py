@@ -196,14 +196,14 @@ def run_neuron_study(args: argparse.Namespace) -> int:
     settings = read_settings(args, Settings)
     records = read_records(resolve_source(args.source, settings), args.seed)
     model = load_served_model(settings)
-    from service.studies.neurons import NeuronPlan, run_neuron_study
+    from service.studies.neurons import NeuronPlan, study_neurons
 
     plan, folder = NeuronPlan(wordings=args.wordings, nodes=args.nodes), Path(args.out)
     study = run_with_progress_bar(
-        run_neuron_study(model, records, plan, DirectoryStore(folder / RUNS_DIR), args.limit)
+        study_neurons(model, records, plan, DirectoryStore(folder / RUNS_DIR), args.limit)
     )
     write_study(folder, study, neurons_report.figures(study), neurons_report.page(study))
-    tables = [(neurons_report.TABLE_COLUMNS, neurons_report.table_rows(study))]
+    tables = [(neurons_report.TABLE_COLUMNS, neurons_report.neuron_rows(study))]
     print_study(args, folder, study, neurons_report.sentences(study), tables)
     return 0
 

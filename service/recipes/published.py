@@ -1,9 +1,9 @@
 """Published recipes: what the authors chose for the models that they edited. Torch-free.
 
 Recipes are found by the shape of a model, not by its name, so that a folder that contains GPT-2 XL needs no
-configuration. The inner width tells Llama-3-8B from Llama-2-7B. Sources: the hyperparameter files of kmeng01/rome and kmeng01/memit (Meng et al. 2022, 2023) and of
-EasyEdit, of AlphaEdit (Fang et al. 2025), of EMMET (Gupta et al. 2024), whose ridge is the product of its lambda and
-the weight of the covariance, and of GRACE (Hartvigsen et al. 2023).
+configuration. The inner width tells Llama-3-8B from Llama-2-7B. Sources: the hyperparameter files of kmeng01/rome and
+kmeng01/memit (Meng et al. 2022, 2023) and of EasyEdit, of AlphaEdit (Fang et al. 2025), of EMMET (Gupta et al. 2024),
+whose ridge is the product of its lambda and the weight of the covariance, and of GRACE (Hartvigsen et al. 2023).
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class NeuronPlan:
     share: float = 0.7
 
 
-def run_neuron_study(
+def study_neurons(
     model: LoadedModel,
     records: Sequence[Record],
     plan: NeuronPlan,

@@ -133,7 +133,7 @@ def _switch_sentence(study: Study, switch: str) -> str:
     )
 
 
-def table_rows(study: Study) -> list[tuple[Any, ...]]:
+def neuron_rows(study: Study) -> list[tuple[Any, ...]]:
     """Return the rows of TABLE_COLUMNS: the neurons of most facts."""
     return [
         (row["layer"], row["neuron"], row["facts"], ", ".join(row["relations"]) or None)
@@ -148,5 +148,5 @@ def page(study: Study) -> str:
     )
     words = plotting.html_paragraphs(sentences(study))
     return plotting.html_page(
-        title(study), words + pictures + plotting.html_table(TABLE_COLUMNS, table_rows(study))
+        title(study), words + pictures + plotting.html_table(TABLE_COLUMNS, neuron_rows(study))
     )

@@ -20,7 +20,7 @@ from service.studies.neurons import (
     NeuronPlan,
     average_facts,
     measure_fact,
-    run_neuron_study,
+    study_neurons,
     switched_probabilities,
 )
 from tests.support.tiny_models import tiny
@@ -118,11 +118,11 @@ def test_the_report_says_what_was_found() -> None:
         }
         assert f"3 facts were scored and {len(rows)} attributed" in neurons_report.sentences(study)[0]
         assert "<svg" in neurons_report.page(study)
-        assert len(neurons_report.table_rows(study)) == len(study["frequent"]) > 0
+        assert len(neurons_report.neuron_rows(study)) == len(study["frequent"]) > 0
 
 
 def test_a_model_that_knows_no_fact_is_refused(tmp_path: Path) -> None:
     """Without a fact whose object is the model's own answer there is nothing to attribute."""
-    steps = run_neuron_study(tiny(), FACTS, NeuronPlan(nodes=2), DirectoryStore(tmp_path))
+    steps = study_neurons(tiny(), FACTS, NeuronPlan(nodes=2), DirectoryStore(tmp_path))
     with pytest.raises(InvalidInput, match="knows none of the facts"):
         run_to_completion(steps)
