@@ -121,6 +121,7 @@ class ValueSearchCache:
         p = spec.parameters
         optimization = (p.steps, p.learning_rate, p.weight_decay, p.clamp, p.kl_factor, p.stop_loss)
         weights = (p.restatement_weight, p.subject_weight, p.final_rate)
+        margin = () if p.stop_margin is None else (p.stop_margin,)
         key = (
             self.model.fingerprint,
             delta_site,
@@ -129,6 +130,7 @@ class ValueSearchCache:
             optimization,
             weights,
             spec.objective,
+            *margin,
         )
         return sha256(repr(key).encode()).hexdigest()
 

@@ -69,6 +69,13 @@ class RomeParameters(BaseModel):
         description="weight of the KL term that preserves the next-token distribution of the subject",
     )
     stop_loss: float = Field(0.05, ge=0, description="the optimization stops below this loss")
+    stop_margin: float | None = Field(
+        None,
+        ge=0,
+        le=20,
+        description="the optimization also stops where each token of the object leads every other token by this many nats in all "
+        "texts; not to erase",
+    )
     restatement_weight: float = Field(
         0.0,
         ge=0,
