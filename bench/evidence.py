@@ -18,7 +18,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,15 @@ def method_rows(context: EditorContext) -> list[MethodRow]:
     ]
 
 
+def with_long_objects(records: Sequence[Record]) -> list[Record]:
+    """Return records whose new object is a whole statement, that of the next record with its true object."""
+    others = [*records[1:], records[0]]
+    return [
+        replace(r, target_new=true_statements([o])[0].rstrip("."))
+        for r, o in zip(records, others, strict=True)
+    ]
+
+
 class ValueSearchCache:
     """Values optimized on a base model by their inputs, in a folder that all runs on this model share."""
 
@@ -112,6 +121,7 @@ class ValueSearchCache:
         p = spec.parameters
         optimization = (p.steps, p.learning_rate, p.weight_decay, p.clamp, p.kl_factor, p.stop_loss)
         weights = (p.restatement_weight, p.subject_weight, p.final_rate)
+        margin = () if p.stop_margin is None else (p.stop_margin,)
         key = (
             self.model.fingerprint,
             delta_site,
@@ -120,6 +130,7 @@ class ValueSearchCache:
             optimization,
             weights,
             spec.objective,
+            *margin,
         )
         return sha256(repr(key).encode()).hexdigest()
 
@@ -169,7 +180,10 @@ class EvidenceExperiment:
         source = args.records or Path(args.model) / "facts.jsonl"
         all_records = read_records(source, 0)
         self.records = list({r.subject: r for r in reversed(all_records[1::2])}.values())[::-1]
-        self.all_records, self.out = all_records, args.out / model.name
+        if args.long_objects:
+            self.records = with_long_objects(self.records)
+        self.all_records = all_records
+        self.out = args.out / (f"{model.name}-long" if args.long_objects else model.name)
         self.suites: list[str] = args.suites or []
         self.recall_facts: int | None = args.recall_facts
         cache = ValueSearchCache(searches or self.out / "searches", model)
@@ -313,6 +327,7 @@ def main() -> None:
     p.add_argument("--checkpoints", type=int, nargs="*", default=[1, 10, 100, 200, 300, 500, 1000])
     p.add_argument("--suites", nargs="*", choices=list(SUITES), help="also ask these suites")
     p.add_argument("--recall-facts", type=int, metavar="N", help="facts on which sequences measure recall")
+    p.add_argument("--long-objects", action="store_true", help="write whole statements in place of objects")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--markdown", action="store_true", help="print tables as in docs/evidence.md")
     args = p.parse_args()

@@ -34,6 +34,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     verbs = parser.add_subparsers(title="studies", metavar="STUDY", required=True)
     trace = add_command(verbs, "trace", run_trace_study, "average causal traces by token position and layer")
     _add_common_flags(trace)
+    _add_noise_flags(trace)
     trace.add_argument(
         "--window",
         type=positive_int,
@@ -49,6 +50,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "compare the layers that tracing finds with the layers where edits succeed",
     )
     _add_common_flags(localization)
+    _add_noise_flags(localization)
     add = localization.add_argument
     add("--layers", metavar="N,...", default="all", help="layers to edit (default: all)")
     add(
@@ -71,6 +73,25 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     statistics = localization.add_argument_group("statistics")
     add_setting_flags(statistics, Settings, "data_dir", "corpus", "covariance_tokens")
+    neurons = add_command(
+        verbs, "neurons", run_neuron_study, "find the neurons that carry facts, and switch them off and up"
+    )
+    _add_common_flags(neurons)
+    neurons.add_argument(
+        "--nodes",
+        type=positive_int,
+        default=50,
+        metavar="N",
+        help="midpoints of the integral of the gradient (default: 50)",
+    )
+    neurons.add_argument(
+        "--wordings",
+        type=positive_int,
+        default=5,
+        metavar="N",
+        help="maximum number of wordings of a fact (default: 5)",
+    )
+    add_setting_flags(neurons.add_argument_group("recipe"), Settings, "data_dir")
 
 
 def _add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +106,13 @@ def _add_common_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", metavar="FOLDER", required=True, help="folder of the runs, the figures and the report")
     add("--limit", type=positive_int, metavar="N", help="maximum number of facts (default: all)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the order of the facts (default: 0)")
+    add_setting_flags(parser.add_argument_group("model"), Settings, *MODEL_SETTINGS)
+    add_json_flag(parser)
+
+
+def _add_noise_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--samples",
         type=positive_int,
@@ -98,9 +126,6 @@ def _add_common_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NOISE",
         help="standard deviation of the noise, or a multiple of that of the subject embeddings (default: 3sigma)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="seed of the order of the facts (default: 0)")
-    add_setting_flags(parser.add_argument_group("model"), Settings, *MODEL_SETTINGS)
-    add_json_flag(parser)
 
 
 def run_trace_study(args: argparse.Namespace) -> int:
@@ -159,6 +184,27 @@ def run_localization_study(args: argparse.Namespace) -> int:
         (localization_report.CHOICE_COLUMNS, localization_report.choice_rows(study)),
     ]
     print_study(args, folder, study, localization_report.sentences(study), tables)
+    return 0
+
+
+def run_neuron_study(args: argparse.Namespace) -> int:
+    """Attribute many facts to neurons, switch the neurons, and average the effects."""
+    from service.datasets.loading import read_records
+    from service.kit.artifact_store import DirectoryStore
+    from service.studies import neurons_report
+
+    settings = read_settings(args, Settings)
+    records = read_records(resolve_source(args.source, settings), args.seed)
+    model = load_served_model(settings)
+    from service.studies.neurons import NeuronPlan, study_neurons
+
+    plan, folder = NeuronPlan(wordings=args.wordings, nodes=args.nodes), Path(args.out)
+    study = run_with_progress_bar(
+        study_neurons(model, records, plan, DirectoryStore(folder / RUNS_DIR), args.limit)
+    )
+    write_study(folder, study, neurons_report.figures(study), neurons_report.page(study))
+    tables = [(neurons_report.TABLE_COLUMNS, neurons_report.neuron_rows(study))]
+    print_study(args, folder, study, neurons_report.sentences(study), tables)
     return 0
 
 

@@ -353,7 +353,9 @@ def find_recipe(model: LoadedModel, recipes: Path | None = None) -> Recipe | Non
             return parse_recipe(path.read_text(encoding="utf-8"))
     return (
         shipped_recipe(model_shape(model), model.name)
-        or published_recipe(model.model.config.model_type, model.num_layers, model.hidden_size)
+        or published_recipe(
+            model.model.config.model_type, model.num_layers, model.hidden_size, model.intermediate_size
+        )
         or read_provisional_recipe(model, recipes)
     )
 

@@ -176,8 +176,9 @@ class NeuronSpec:
     noise: Tensor | None = field(default=None, repr=False, compare=False)  #: (n, d) on the subject
 
     def peak_bytes(self, model: LoadedModel) -> int:
-        """Return the peak memory of the attribution of one prompt at one layer, in bytes."""
-        rows, longest = self.parameters.nodes + 2, max(len(p.ids) for p in self.tokenized.prompts)
+        """Return the peak memory of the attribution of all prompts at one layer, in bytes."""
+        rows = (self.parameters.nodes + 2) * self.tokenized.size
+        longest = max(len(p.ids) for p in self.tokenized.prompts)
         suffix = max(len(t) for t in self.tokenized.targets)
         return edit_bytes(model, rows, longest - 1, suffix, min(self.parameters.layers), rows * suffix)
 

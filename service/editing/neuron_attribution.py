@@ -22,6 +22,7 @@ from torch import Tensor
 from service.editing.suffix_batch import DeltaSite, LastBlockReader, prefill_suffixes
 from service.kit.steps import Phase, Progress, Stepper
 from service.models.loading import LoadedModel
+from service.models.object_gradients import TokenRow
 from service.models.precision import at_least_fp32
 from service.models.token_batch import TokenizedStatement
 
@@ -49,46 +50,57 @@ class NeuronAttribution:
 
 
 def attribute_neurons(
-    model: LoadedModel, prompt: Sequence[int], answer: Sequence[int], layers: Sequence[int], nodes: int
-) -> Stepper[NeuronAttribution]:
-    """Return the attributions of all neurons of some layers for an answer (token ids) after a prompt; a layer a
-    step."""
-    text = TokenizedStatement([*prompt, *answer[:-1]], (len(prompt) - 1, len(prompt)))
-    scores, without, probability = [], [], 0.0
+    model: LoadedModel, rows: Sequence[TokenRow], layers: Sequence[int], nodes: int
+) -> Stepper[list[NeuronAttribution]]:
+    """Return the attributions of all neurons of some layers for each prompt and its answer; a layer a step."""
+    scores: list[Tensor] = []
+    ends: list[list[tuple[float, float]]] = []
     for number, layer in enumerate(layers):
-        rows, probability, p0 = _attribute_layer(model, text, answer, layer, nodes)
-        scores.append(rows)
-        without.append(p0)
+        found, probabilities = _attribute_layer(model, rows, layer, nodes)
+        scores.append(found)
+        ends.append(probabilities)
         yield Progress(Phase.TRACE, number + 1, len(layers))
-    return NeuronAttribution(list(layers), torch.stack(scores), probability, without)
+    return [
+        NeuronAttribution(
+            list(layers),
+            torch.stack([of_layer[i] for of_layer in scores]),
+            ends[-1][i][0],
+            [of_layer[i][1] for of_layer in ends],
+        )
+        for i in range(len(rows))
+    ]
 
 
 def _attribute_layer(
-    model: LoadedModel, text: TokenizedStatement, answer: Sequence[int], layer: int, nodes: int
-) -> tuple[Tensor, float, float]:
-    """Return IG (D,) of one layer, p(1) and p(0)."""
-    prefilled, activations = prefill_suffixes(model, [text], DeltaSite(layer))
-    key = at_least_fp32(activations.keys[0])
-    weight = at_least_fp32(model.weight(layer).detach()).to(key.device)
+    model: LoadedModel, rows: Sequence[TokenRow], layer: int, nodes: int
+) -> tuple[Tensor, list[tuple[float, float]]]:
+    """Return IG (rows, D) of one layer, and p(1) and p(0) of each row."""
+    texts = [TokenizedStatement([*p, *a[:-1]], (len(p) - 1, len(p))) for p, a in rows]
+    prefilled, activations = prefill_suffixes(model, texts, DeltaSite(layer))
+    keys = at_least_fp32(activations.keys)  # (rows, D)
+    weight = at_least_fp32(model.weight(layer).detach()).to(keys.device)
     weight = weight.T if model.architecture.conv1d else weight  # (d, D)
-    own = weight @ key
-    midpoints = (torch.arange(nodes, device=key.device, dtype=key.dtype) + 0.5) / nodes
-    factors = torch.cat([midpoints, torch.tensor([0.0, 1.0]).to(midpoints)])
-    batch = prefilled.select_rows(torch.zeros(len(factors), dtype=torch.long, device=model.device))
-    width = len(answer)
-    row_of = torch.arange(len(factors), device=model.device).repeat_interleave(width)
-    columns = torch.arange(width, device=model.device).repeat(len(factors))
-    change = ((factors - 1)[:, None] * own).requires_grad_()
+    midpoints = (torch.arange(nodes, dtype=keys.dtype) + 0.5) / nodes
+    factors = torch.cat([midpoints, torch.tensor([0.0, 1.0], dtype=keys.dtype)]).to(keys.device)
+    count = len(factors)
+    batch = prefilled.select_rows(torch.arange(len(rows), device=model.device).repeat_interleave(count))
+    widths = [len(answer) for _, answer in rows for _ in range(count)]
+    places = [(i, column) for i, width in enumerate(widths) for column in range(width)]
+    row_of, columns = torch.tensor(places, device=model.device).T
+    own = keys @ weight.T  # (rows, d)
+    change = ((factors - 1)[None, :, None] * own[:, None]).flatten(0, 1).requires_grad_()
     with torch.enable_grad():
         hidden = LastBlockReader(batch, row_of, columns)(change)
         log_p = at_least_fp32(batch.block_runner.logits(hidden)).log_softmax(-1)
-        ids = torch.tensor(list(answer), device=log_p.device).repeat(len(factors))
-        p = log_p.gather(1, ids[:, None]).view(-1, width).sum(1).exp()
-        (gradients,) = torch.autograd.grad(p[:nodes].sum(), [change])
-    mean_gradient = gradients[:nodes].mean(0)
-    scores = (key * (weight.T @ mean_gradient)).float().cpu()
-    p_off, p_on = p[nodes:].detach().tolist()
-    return scores, p_on, p_off
+        ids = torch.tensor(
+            [t for _, answer in rows for _ in range(count) for t in answer], device=log_p.device
+        )
+        chosen = log_p.gather(1, ids[:, None])[:, 0]
+        p = torch.stack([part.sum() for part in chosen.split(widths)]).exp().view(len(rows), count)
+        (gradients,) = torch.autograd.grad(p[:, :nodes].sum(), [change])
+    means = gradients.view(len(rows), count, -1)[:, :nodes].mean(1)  # (rows, d)
+    ends = [(on, off) for off, on in p[:, nodes:].detach().tolist()]
+    return (keys * (means @ weight)).float().cpu(), ends
 
 
 def choose_neurons(

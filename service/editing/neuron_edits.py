@@ -58,13 +58,9 @@ def find_neuron_edit(model: LoadedModel, spec: NeuronSpec) -> Stepper[EditFactor
         )
     parameters, tokenized = spec.parameters, spec.tokenized
     answer = [_own_answer(model, tokenized.prompts[0].ids)]
-    attributions = []
-    for prompt, target in zip(tokenized.prompts, tokenized.targets, strict=True):
-        expressed = target if spec.objective == "erase" else answer
-        found = yield from attribute_neurons(
-            model, prompt.ids, expressed, sorted(parameters.layers), parameters.nodes
-        )
-        attributions.append(found)
+    targets = tokenized.targets if spec.objective == "erase" else [answer] * tokenized.size
+    rows = [(prompt.ids, target) for prompt, target in zip(tokenized.prompts, targets, strict=True)]
+    attributions = yield from attribute_neurons(model, rows, sorted(parameters.layers), parameters.nodes)
     neurons = choose_neurons(attributions, parameters.threshold, parameters.share, MAX_NEURONS)
     updates: list[EditUpdate] = []
     for layer, group in groupby(neurons, lambda neuron: neuron[0]):

@@ -11,6 +11,9 @@ is read at the subject's last position: by causality a suffix such as "is a" has
 write its true object. To erase it, the first term is the mean probability of the true object, mean_i exp(sum_j log
 p(o_j | ..)) (Hase et al. 2023).
 
+The search ends after a number of steps, below a loss, or with `stop_margin` when every token of the object leads all
+other tokens by a margin in every row (ENCORE, 2025, stops when it is the most probable one).
+
 Several edits of one layer are optimized in one batch (`suffix_batch.py`), each as it would be alone.
 """
 
@@ -110,6 +113,7 @@ class ValueOptimizer:
     kl_reference: Tensor | None = None  #: log-probabilities after the bare subject, before any change
     losses: list[float] = field(default_factory=list)
     finished: bool = False
+    lead: Tensor | None = None  #: least lead of a token of the object, in nats, where the search reads it
 
     @classmethod
     def start(cls, spec: ValueSearchSpec, initial: Tensor) -> ValueOptimizer:
@@ -127,6 +131,9 @@ class ValueOptimizer:
             objective_term = -(log_p * targets.weight.to(log_p.dtype)).sum() / self.spec.tokenized.size
         if self.spec.tokenized.restatement is not None:
             objective_term = objective_term - (log_p * targets.name_weight.to(log_p.dtype)).sum()
+        if parameters.stop_margin is not None and self.spec.objective != "erase":
+            in_object = targets.weight > 0
+            self.lead = least_lead(target_log_probs.detach()[in_object], targets.token[in_object])
         if self.kl_reference is None:
             self.kl_reference = subject_log_probs.detach().clone()
         kl = (subject_log_probs.exp() * (subject_log_probs - self.kl_reference)).sum()
@@ -143,11 +150,18 @@ class ValueOptimizer:
         return (joint.exp() * weight).mean()
 
     def record_loss(self, loss: float) -> None:
-        """Record the loss of a step. The search is finished when the loss is low enough or the last step is done."""
+        """Record the loss of a step. The search is finished when the loss is low enough, the lead is large enough, or the
+        last step is done."""
         parameters = self.spec.parameters
         self.losses.append(loss)
+        leads = (
+            self.lead is not None
+            and parameters.stop_margin is not None
+            and bool(self.lead >= parameters.stop_margin)
+        )
         self.finished = (
-            below_stop_loss(self.losses, parameters.stop_loss, self.spec.objective)
+            leads
+            or below_stop_loss(self.losses, parameters.stop_loss, self.spec.objective)
             or len(self.losses) == parameters.steps
         )
 
@@ -164,6 +178,14 @@ class ValueOptimizer:
         with torch.no_grad():
             limit = self.spec.parameters.clamp * self.initial.norm()
             self.delta.mul_((limit / self.delta.norm()).clamp(max=1))
+
+
+def least_lead(log_probs: Tensor, tokens: Tensor) -> Tensor:
+    """Return the least difference, over the rows (N, V), between the log-probability of a row's token and that of the
+    most probable other one."""
+    own = log_probs.gather(1, tokens[:, None])
+    others = log_probs.scatter(1, tokens[:, None], -torch.inf).amax(1, keepdim=True)
+    return (own - others).min()
 
 
 def below_stop_loss(losses: Sequence[float], limit: float, objective: Objective) -> bool:

@@ -90,8 +90,8 @@ class EditMethod:
 
     @property
     def writes_associations(self) -> bool:
-        """Whether an edit consists of keys and changes of value; otherwise it is the change of whole weights, or an entry
-        of a codebook."""
+        """Whether an edit consists of keys and changes of value; otherwise it is the change of whole weights, or an
+        entry of a codebook."""
         return self.solve is not None
 
     @property

@@ -69,6 +69,13 @@ class RomeParameters(BaseModel):
         description="weight of the KL term that preserves the next-token distribution of the subject",
     )
     stop_loss: float = Field(0.05, ge=0, description="the optimization stops below this loss")
+    stop_margin: float | None = Field(
+        None,
+        ge=0,
+        le=20,
+        description="the optimization also stops where each token of the object leads every other token by this many nats in all "
+        "texts; not to erase",
+    )
     restatement_weight: float = Field(
         0.0,
         ge=0,
@@ -231,7 +238,9 @@ class NeuronParameters(BaseModel):
     layers: tuple[int, ...] = Field(
         min_length=1, max_length=256, description="layers whose neurons are looked at, from 0; by default all"
     )
-    nodes: int = Field(20, ge=1, le=100, description="midpoints of the integral of the gradient")
+    nodes: int = Field(
+        50, ge=1, le=200, description="midpoints of the integral of the gradient (authors: 20 left ends)"
+    )
     threshold: float = Field(
         0.2, gt=0, le=1, description="least attribution of a neuron in a prompt, as a share of the greatest"
     )

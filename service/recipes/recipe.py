@@ -23,6 +23,7 @@ SHARED_HPARAMS = (
     "weight_decay",
     "kl_factor",
     "stop_loss",
+    "stop_margin",
     "final_rate",
     "restatement_weight",
     "subject_weight",

@@ -4,8 +4,10 @@ For the associations of one layer and one solve mode let H = U^T K + ridge I be 
 entries H_rc = k_r^T u_c, and X its solution for their targets (`service/weights/composition.py`). An edit with m keys
 k_i, directions u_i and changes of value delta_i, the columns of Delta (d, m), borders the system:
 
-    [ H    B ] [ X' ]   [ T + E Delta^T ]        B_ri = k_r^T u_i        E_ri = B_ri / k_i^T u_i for the edit's subject, else 0
-    [ C^T  S ] [ x  ] = [ t             ]        C_ri = k_i^T u_r        S_ij = k_i^T u_j, plus the ridge where i = j
+    [ H    B ] [ X' ]   [ T + E Delta^T ]        B_ri = k_r^T u_i        C_ri = k_i^T u_r
+    [ C^T  S ] [ x  ] = [ t             ]        S_ij = k_i^T u_j, plus the ridge where i = j
+
+E_ri is B_ri / k_i^T u_i where r has the edit's subject, else 0.
 
 With Z = H^-1 B and Y = H^-1 E, block elimination gives (S - C^T Z) x = t - C^T X - C^T Y Delta^T, and the change of the
 weight is of rank 2 m at most:

@@ -29,6 +29,32 @@ def test_a_trace_study_from_the_command_line(tmp_path: Path, capsys: Captured) -
     assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_neuron_study_from_the_command_line(tmp_path: Path, capsys: Captured) -> None:
+    """Sentences and the table of neurons go to stdout; the folder has the data, the figures, the report and a run for
+    each fact."""
+    asked = [
+        "study",
+        "neurons",
+        "facts",
+        "--limit",
+        "2",
+        "--nodes",
+        "4",
+        "--wordings",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main(asked) == 0
+    assert "2 facts were scored and 2 attributed" in capsys.readouterr().out
+    names = {p.name for p in tmp_path.iterdir()}
+    figures = {f"{name}.{kind}" for name in ("layers", "switches") for kind in ("png", "svg")}
+    assert names == {"study.json", "report.html", "runs", *figures}
+    study = json.loads((tmp_path / "study.json").read_text(encoding="utf-8"))
+    assert study["facts"] == len(list((tmp_path / "runs").iterdir())) == 2
+    assert 0 <= study["completeness_error"] < 1
+
+
 def test_a_missing_study_file_is_reported(tmp_path: Path, capsys: Captured) -> None:
     """A missing file exits with 2 before the model is loaded."""
     assert main(["study", "trace", "nothing.json", "--out", str(tmp_path)]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,13 +11,14 @@ import torch
 
 from service.editing.suffix_batch import DeltaSite, LastBlockReader, prefill_suffixes
 from service.editing.tokenized_contexts import TokenizedContexts, tokenize_contexts
-from service.editing.value_optimizer import ValueResult, ValueSearchSpec, optimize_values
+from service.editing.value_optimizer import ValueResult, ValueSearchSpec, least_lead, optimize_values
 from service.kit.steps import run_to_completion
 from service.kit.text import fill_prompt
 from service.methods.parameters import RomeParameters
 from service.models.hooks import capture, replace_output
 from service.models.loading import LoadedModel
 from service.models.token_batch import forward, pad
+from service.schemas import Objective
 from tests.support.tiny_models import MODEL_TYPES, tiny
 
 CONTEXTS = ["In Japan", "A {brace} and {}", "The city of Rome is"]
@@ -115,6 +117,34 @@ def test_the_first_step_of_an_erasure_lowers_the_probability() -> None:
     written = optimize_value(model, ValueSearchSpec(tokenized, p)).losses
     assert erased[1] < erased[0]
     assert written[1] < written[0]
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_a_search_with_a_margin_ends_where_the_object_leads_in_every_text(model_type: str) -> None:
+    """Where the object is the model's own answer, the search ends at its first step with a margin below the lead over
+    the next token, and goes on with one above it. An erasure does not read the margin."""
+    model = tiny(model_type)
+    tokenized = tokenize_contexts(model, STATEMENT, "Rome", ())
+    with torch.no_grad():
+        logits = forward(model, pad([tokenized.prompts[0].ids], model))[0, -1]
+    (first, second), own = logits.topk(2).values.tolist(), int(logits.argmax())
+    tokenized = replace(tokenized, targets=[[own]])
+    lead = first - second
+    assert lead > 0
+
+    def steps(margin: float, objective: Objective = "write") -> int:
+        parameters = RomeParameters(layers=(1,), steps=3, stop_loss=0, stop_margin=margin, learning_rate=1e-6)
+        spec = ValueSearchSpec(tokenized, parameters, objective=objective)
+        return len(optimize_value(model, spec).losses)
+
+    assert [steps(0.99 * lead), steps(1.01 * lead), steps(0.0, "erase")] == [1, 3, 3]
+
+
+def test_the_least_lead_by_hand() -> None:
+    """The least lead of a row's token over the most probable other one; negative where another one leads."""
+    rows = torch.tensor([[0.0, -1.0, -3.0], [-2.0, -0.5, -4.0]])
+    assert float(least_lead(rows, torch.tensor([0, 1]))) == pytest.approx(1.0)
+    assert float(least_lead(rows, torch.tensor([0, 2]))) == pytest.approx(-3.5)
 
 
 def test_an_erasure_ends_at_a_share_of_what_was_there() -> None:

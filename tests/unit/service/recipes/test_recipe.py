@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from service.errors import InvalidInput, Misconfigured
+from service.methods.alphaedit import AlphaEditParameters
 from service.methods.parameters import RomeParameters
 from service.models.architectures import ARCHITECTURES
 from service.recipes.published import PUBLISHED, published_recipe
@@ -16,15 +17,16 @@ from service.recipes.strength_schedule import strength_schedule
 
 # The published table: model, shape, layer, steps, rate, weight decay, clamp, KL factor.
 PUBLISHED_TABLE = [
-    ("gpt2-medium", ("gpt2", 24, 1024), 8, 20, 0.5, 0.5, 3, 0.0625),
-    ("gpt2-large", ("gpt2", 36, 1280), 12, 20, 0.5, 0.5, 4, 0.0625),
-    ("gpt2-xl", ("gpt2", 48, 1600), 17, 20, 0.5, 0.5, 4, 0.0625),
-    ("gpt-j-6B", ("gptj", 28, 4096), 5, 20, 0.5, 0.5, 4, 0.0625),
-    ("gpt-neox-20b", ("gpt_neox", 44, 6144), 15, 20, 0.5, 0.5, 4, 0.0625),
-    ("Llama-2-7b and Llama-3-8b", ("llama", 32, 4096), 5, 25, 0.5, 1e-3, 4, 0.0625),
-    ("Llama-3.2-3b", ("llama", 28, 3072), 5, 25, 0.5, 1e-3, 4, 0.0625),
-    ("Mistral-7b", ("mistral", 32, 4096), 5, 25, 0.5, 1e-3, 4, 0.0625),
-    ("Qwen2-7b and Qwen2.5-7b", ("qwen2", 28, 3584), 5, 25, 0.5, 1e-3, 4, 0.0625),
+    ("gpt2-medium", ("gpt2", 24, 1024, 4096), 8, 20, 0.5, 0.5, 3, 0.0625),
+    ("gpt2-large", ("gpt2", 36, 1280, 5120), 12, 20, 0.5, 0.5, 4, 0.0625),
+    ("gpt2-xl", ("gpt2", 48, 1600, 6400), 17, 20, 0.5, 0.5, 4, 0.0625),
+    ("gpt-j-6B", ("gptj", 28, 4096, 16384), 5, 20, 0.5, 0.5, 4, 0.0625),
+    ("gpt-neox-20b", ("gpt_neox", 44, 6144, 24576), 15, 20, 0.5, 0.5, 4, 0.0625),
+    ("Llama-2-7b", ("llama", 32, 4096, 11008), 5, 25, 0.5, 1e-3, 4, 0.0625),
+    ("Llama-3-8b", ("llama", 32, 4096, 14336), 5, 25, 0.5, 1e-3, 4, 0.0625),
+    ("Llama-3.2-3b", ("llama", 28, 3072, 8192), 5, 25, 0.5, 1e-3, 4, 0.0625),
+    ("Mistral-7b", ("mistral", 32, 4096, 14336), 5, 25, 0.5, 1e-3, 4, 0.0625),
+    ("Qwen2-7b and Qwen2.5-7b", ("qwen2", 28, 3584, 18944), 5, 25, 0.5, 1e-3, 4, 0.0625),
 ]
 RECIPE = Recipe(source="test", rome=RomeParameters(layers=(2,), clamp=3.0))
 
@@ -32,7 +34,7 @@ RECIPE = Recipe(source="test", rome=RomeParameters(layers=(2,), clamp=3.0))
 @pytest.mark.parametrize(("name", "shape", "layer", "steps", "rate", "decay", "clamp", "kl"), PUBLISHED_TABLE)
 def test_the_table_is_the_published_one(
     name: str,
-    shape: tuple[str, int, int],
+    shape: tuple[str, int, int, int],
     layer: int,
     steps: int,
     rate: float,
@@ -53,14 +55,30 @@ def test_the_table_is_the_published_one(
 def test_the_table_holds_nothing_else() -> None:
     """The table has only recipes for known architectures and existing layers."""
     assert set(PUBLISHED) == {shape for _, shape, *_ in PUBLISHED_TABLE}
-    for (model_type, layers, _), recipe in PUBLISHED.items():
+    for (model_type, layers, *_), recipe in PUBLISHED.items():
         assert model_type in ARCHITECTURES
         assert all(0 <= x < layers for x in recipe.rome.layers)
 
 
 def test_an_unknown_shape_has_no_recipe() -> None:
     """A model of an unknown shape has no published recipe."""
-    assert published_recipe("gpt2", 12, 768) is None
+    assert published_recipe("gpt2", 12, 768, 3072) is None
+
+
+def test_alphaedit_and_emmet_have_their_authors_values() -> None:
+    """AlphaEdit on Llama-3-8B has the values of its authors, that on Llama-2-7B those of EasyEdit. EMMET's ridge on
+    GPT-2 XL is its lambda of .1 times the weight of the covariance, 1,000."""
+    values = {}
+    for inner_width in (11008, 14336):
+        p = resolve_hparams(published_recipe("llama", 32, 4096, inner_width), None, 32, "alphaedit")
+        assert isinstance(p, AlphaEditParameters) and p.layers == (4, 5, 6, 7, 8)
+        values[inner_width] = (p.clamp, p.learning_rate, p.weight_decay, p.ridge)
+    assert values == {11008: (4.0, 0.5, 1e-3, 10.0), 14336: (0.75, 0.1, 0.5, 10.0)}
+    ridges = [
+        resolve_hparams(published_recipe(*shape), None, shape[1], "emmet").model_dump()["ridge"]
+        for shape in (("gpt2", 48, 1600, 6400), ("gptj", 28, 4096, 16384))
+    ]
+    assert ridges == [100.0, 0.1]
 
 
 def test_user_hparams_override_the_recipe() -> None:

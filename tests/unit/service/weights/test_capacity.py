@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +51,21 @@ def capacity_by_projection(c: Tensor, active_keys: Tensor, key: Tensor) -> float
     basis, target = white[:, :-1], white[:, -1]
     projected = basis @ torch.linalg.lstsq(basis, target[:, None]).solution[:, 0]
     return 1 - float(projected @ projected / (target @ target))
+
+
+def test_capacity_of_several_keys_is_the_least() -> None:
+    """An edit with several keys at a layer has the capacity of the one with the least. Products that are not solved
+    occupy nothing and need no room."""
+    c = moment()
+    active = [association_at(k, c, f"s{i}") for i, k in enumerate(keys())]
+    new = [association_at(k, c, "new") for k in keys(3, 7)]
+    each = [capacities_of([a], active)[0] for a in new]
+    assert len(set(each)) == 3
+    together = [replace(a, edit="new", number=n) for n, a in enumerate(new)]
+    assert capacities_of(together, active) == {0: min(each)}
+    unsolved = [replace(a, solve_mode=SolveMode("kn")) for a in together]
+    assert capacities_of(unsolved, active) == {}
+    assert capacities_of([new[0]], unsolved) == {0: 1.0}
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -75,6 +75,18 @@ def test_one_association_is_the_rank_one_update() -> None:
     assert torch.linalg.matrix_rank(expected) == 1
 
 
+def test_unsolved_products_are_added_and_equal_ones_count_once() -> None:
+    """Where nothing is solved the change is the sum of the products of values and directions in any order. Of equal
+    products of two edits one counts, and each alone has it."""
+    mode = SolveMode("kn")
+    a, b = (replace(association(i), solve_mode=mode) for i in (1, 2))
+    again = replace(a, edit="edit_009", subject="other")
+    expected = sum(torch.outer(x.value.double(), x.direction.double()) for x in (a, b))
+    for group in ([a, b], [b, again, a], [again, b]):
+        torch.testing.assert_close(compose_layer(group).dense(), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(a.rank_one().dense(), compose_layer([a]).dense(), rtol=0, atol=0)
+
+
 def test_the_update_maps_its_key_to_its_value() -> None:
     """The edited weight maps the key to the changed value: (W + dW) k = W k + delta."""
     a = association(2)

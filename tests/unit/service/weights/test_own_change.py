@@ -55,6 +55,36 @@ def test_change_is_the_difference_of_two_compositions(mode: SolveMode, others: i
         assert changes.norm([a]) == pytest.approx(float(expected.norm()), rel=1e-5)
 
 
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("others", [0, 5])
+def test_change_of_several_associations_is_the_difference_of_two_compositions(
+    mode: SolveMode, others: int
+) -> None:
+    """So is that of an edit with several associations at a layer, in any order, beside edits with several."""
+    active = [
+        replace(association(10 * i + n, f"s{i % 3}", mode), edit=f"edit_{i}", number=n)
+        for i in range(others)
+        for n in range(1 + i % 2)
+    ]
+    new = [replace(association(90 + n, "s1", mode), edit="edit_9", number=n) for n in range(3)]
+    changes = run_to_completion(OwnChanges.build([new], active))
+    before = compose(active)[WeightRef(0)].dense() if active else torch.zeros(d, D, dtype=torch.float64)
+    expected = compose([*active, *new])[WeightRef(0)].dense() - before
+    torch.testing.assert_close(changes.change(new[::-1]).dense(), expected, rtol=1e-4, atol=1e-5)
+    assert changes.norm(new) == pytest.approx(float(expected.norm()), rel=1e-4)
+
+
+def test_where_nothing_is_solved_the_change_is_the_products() -> None:
+    """An edit of neurons adds the sum of its products, whatever is beside it."""
+    mode = SolveMode("kn")
+    active = [association(i, "s", mode) for i in range(3)]
+    new = [replace(association(90 + n, "s", mode), edit="edit_9", number=n) for n in range(2)]
+    changes = run_to_completion(OwnChanges.build([new], active))
+    expected = sum(torch.outer(a.value.double(), a.direction.double()) for a in new)
+    torch.testing.assert_close(changes.change(new).dense(), expected)
+    assert changes.norm(new) == pytest.approx(float(torch.as_tensor(expected).norm()))
+
+
 def test_change_scales_with_the_strength() -> None:
     """One preparation serves all strengths of an edit."""
     active = [association(i, f"s{i}", MODES[0]) for i in range(4)]
