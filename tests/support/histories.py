@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
+from service.application.edit_filters import EditFilters
 from service.application.edit_set import FORMAT
 from service.editing.edit_job import run_edits
 from service.errors import PalimpsestError
@@ -136,7 +137,9 @@ class History:
     def _run_queued(self) -> None:
         """Run the queued edits, together or one by one. An error ends its job as in a worker."""
         service = self.service
-        waiting = [e["id"] for e in service.services.edits.page(status="queued")["items"]][::-1]
+        waiting = [
+            e["id"] for e in service.services.edits.page(filters=EditFilters(status="queued"))["items"]
+        ][::-1]
         jobs = {job.id: job for job in map(service.worker_parts.jobs.claim, waiting) if job is not None}
 
         def finished(job_id: str, error: Exception | None) -> None:

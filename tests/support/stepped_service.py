@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from sqlalchemy import func, select
 
+from service.application.edit_filters import EditFilters
 from service.bootstrap import Container, build_container
 from service.covariance.corpus import Corpus
 from service.editing.context import EditorContext
@@ -56,7 +57,9 @@ class SteppedService:
 
     def run_queued_edits(self, *, as_group: bool = False) -> None:
         """Run all queued edits."""
-        waiting = [e["id"] for e in self.services.edits.page(status="queued")["items"]][::-1]
+        waiting = [e["id"] for e in self.services.edits.page(filters=EditFilters(status="queued"))["items"]][
+            ::-1
+        ]
         jobs = [job for job in map(self.worker_parts.jobs.claim, waiting) if job is not None]
         for group in [jobs] if as_group else [[job] for job in jobs]:
             run_to_completion(

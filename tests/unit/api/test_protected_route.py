@@ -35,6 +35,10 @@ EXPECTED_SCOPES = {
     "DELETE /exports/{id}": "edit",
     "POST /import": "edit",
     "DELETE /edits/{id}": "edit",
+    "POST /edits/revert": "edit",
+    "POST /edits/preview": "read",
+    "PUT /versions/{name}": "edit",
+    "DELETE /versions/{name}": "edit",
     "POST /trace": "read",
     "DELETE /trace/{id}": "edit",
     "POST /evaluations": "edit",
@@ -82,7 +86,7 @@ def test_every_route_is_protected(app: TestApp) -> None:
 
 def example_path(path: str) -> str:
     """Return an example path of this route."""
-    return path.replace("{id:path}", "nobody").replace("{id}", "nobody")
+    return path.replace("{id:path}", "nobody").replace("{id}", "nobody").replace("{name}", "nobody")
 
 
 def error_detail(answer: Any) -> str:

@@ -78,7 +78,11 @@ def evaluation() -> Evaluation:
     )
 
 
-PAGES = {"edit": edit(HOSTILE), "trace": trace(HOSTILE), "evaluation": evaluation()}
+PAGES: dict[str, Edit | Trace | Evaluation] = {
+    "edit": edit(HOSTILE),
+    "trace": trace(HOSTILE),
+    "evaluation": evaluation(),
+}
 
 
 @pytest.mark.parametrize("name", PAGES)
