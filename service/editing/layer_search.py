@@ -105,7 +105,8 @@ def at_layer(resolved_edit: ResolvedEdit, layer: int, **changes: object) -> Reso
 
 def trial_of(resolved_edit: ResolvedEdit, layer: int) -> ResolvedEdit:
     """Return the edit as it is tried at a layer."""
-    return at_layer(resolved_edit, layer, steps=min(TRIAL_STEPS, resolved_edit.parameters.steps))
+    steps = getattr(resolved_edit.parameters, "steps", None)  # a method of one pass has none
+    return at_layer(resolved_edit, layer, **({} if steps is None else {"steps": min(TRIAL_STEPS, steps)}))
 
 
 def _try_all(

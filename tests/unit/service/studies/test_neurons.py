@@ -67,7 +67,7 @@ def test_a_suppressed_neuron_is_an_erased_one(model_type: str) -> None:
 def test_a_fact_is_measured_beside_another() -> None:
     """The row of a fact has its neurons, the share of each layer, and the changes of both probabilities."""
     model = tiny()
-    row = run_to_completion(measure_fact(model, *FACTS, NeuronPlan(nodes=4)))
+    row = run_to_completion(measure_fact(model, FACTS[0], FACTS[1], NeuronPlan(nodes=4)))
     assert row["neurons"] and sum(row["attribution"]) == pytest.approx(1)
     neurons = [(layer, number) for layer, number in row["neurons"]]
     pairs = [(FACTS[0].text, "Paris"), (FACTS[1].text, "London")]
@@ -107,7 +107,7 @@ def test_averages_by_hand() -> None:
 def test_the_report_says_what_was_found() -> None:
     """Sentences, table, figures and page are made from the study alone, also of a single fact without intervals."""
     model = tiny()
-    row = run_to_completion(measure_fact(model, *FACTS, NeuronPlan(nodes=2)))
+    row = run_to_completion(measure_fact(model, FACTS[0], FACTS[1], NeuronPlan(nodes=2)))
     for rows in ([row], [row, row]):
         study = {
             "model": {"name": "tiny", "layers": model.num_layers},
