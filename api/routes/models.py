@@ -67,7 +67,8 @@ class MethodInfo(ResourceModel):
     title: str
     paper: str
     closed_form: bool = Field(
-        description="whether it writes associations; otherwise it trains whole weights, or values of a codebook"
+        description="whether it searches for a value and writes it at the layers of the recipe for rome; the other methods have "
+        "layers of their own"
     )
     parameters: list[str] = Field(description="the names that `hparams` may have")
 
