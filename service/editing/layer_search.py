@@ -25,7 +25,7 @@ from service.engine.versioned_model import VersionedModel
 from service.errors import InvalidInput
 from service.kit.steps import Phase, Progress, Stepper, report_as
 from service.kit.time_estimate import with_estimate
-from service.methods.parameters import RomeParameters
+from service.methods.parameters import RomeParameters, SeracParameters
 from service.methods.registry import get_method
 from service.models.scoring import measure_drift
 from service.recipes.default import can_try_layers
@@ -105,7 +105,9 @@ def at_layer(resolved_edit: ResolvedEdit, layer: int, **changes: object) -> Reso
 
 def trial_of(resolved_edit: ResolvedEdit, layer: int) -> ResolvedEdit:
     """Return the edit as it is tried at a layer."""
-    return at_layer(resolved_edit, layer, steps=min(TRIAL_STEPS, resolved_edit.parameters.steps))
+    parameters = resolved_edit.parameters
+    assert not isinstance(parameters, SeracParameters)  # whose layer is that of its classifier
+    return at_layer(resolved_edit, layer, steps=min(TRIAL_STEPS, parameters.steps))
 
 
 def _try_all(
