@@ -40,6 +40,7 @@ from service.weights.trained_scope import TrainedScope
 FEATURES_PER_ARTIFACT = 512  # texts
 TEXTS_PER_PASS = 16
 STEPS_PER_STATE = 250
+MIN_NAMED_PAIRS = 20  # out of scope, with the subject in the text, by which a threshold of their own is chosen
 INPUTS, STATE = "inputs", "state"  # names of artifacts
 #: seconds of a text and of a step, relative to each other; by these the time left is estimated
 COSTS = {Phase.COLLECT: 2.0, Phase.TRAIN: 1.0}
@@ -218,13 +219,16 @@ class _ScopeTraining:
 
 
 def _with_thresholds(classifier: ScopeClassifier, measured: ScopeMeasurement, rate: float) -> ScopeClassifier:
-    """Return a classifier with the least thresholds at which at most this share of the pairs out of scope opens."""
+    """Return a classifier with the least thresholds at which at most this share of the pairs out of scope opens. With
+    few pairs whose text has the subject, that of all pairs is used for them, too."""
     outside = ~measured.within
+    threshold = choose_threshold(measured.similarities[outside], rate)
+    named = measured.similarities[outside & measured.names_subject]
     return ScopeClassifier(
         classifier.layer,
         classifier.center,
         classifier.projection,
         classifier.scale,
-        choose_threshold(measured.similarities[outside], rate),
-        choose_threshold(measured.similarities[outside & measured.names_subject], rate),
+        threshold,
+        choose_threshold(named, rate) if len(named) >= MIN_NAMED_PAIRS else threshold,
     )

@@ -145,6 +145,14 @@ def test_thresholds_keep_the_rate_on_their_part() -> None:
     assert (named >= classifier.subject_threshold).double().mean() <= 0.25 + 0.06
 
 
+def test_few_texts_with_the_subject_choose_no_threshold() -> None:
+    """Where subjects have one relation each, no text out of scope has the subject: the threshold for any prompt is that
+    for prompts with the subject, too."""
+    records = [r for r in some_records() if r.relation == RELATIONS[0]]
+    classifier = run_to_completion(train_scope(MODEL, records, plan(), InMemoryStore())).classifier
+    assert classifier.subject_threshold == classifier.threshold > 0
+
+
 def test_figures_are_those_of_the_definitions() -> None:
     """The shares are counted pair by pair: within and out of scope, and what a memory of all facts opens."""
     trained = train()
