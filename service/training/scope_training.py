@@ -40,7 +40,9 @@ from service.weights.trained_scope import TrainedScope
 FEATURES_PER_ARTIFACT = 512  # texts
 TEXTS_PER_PASS = 16
 STEPS_PER_STATE = 250
-MIN_NAMED_PAIRS = 20  # out of scope, with the subject in the text, by which a threshold of their own is chosen
+MIN_NAMED_PAIRS = (
+    20  # out of scope, with the subject in the text, by which a threshold of their own is chosen
+)
 INPUTS, STATE = "inputs", "state"  # names of artifacts
 #: seconds of a text and of a step, relative to each other; by these the time left is estimated
 COSTS = {Phase.COLLECT: 2.0, Phase.TRAIN: 1.0}
