@@ -35,6 +35,7 @@ from api.routes import (
     metrics,
     models,
     traces,
+    trainings,
     versions,
 )
 from api.security_headers import SecurityHeadersMiddleware
@@ -57,6 +58,7 @@ Locate, edit and roll back facts inside a GPT model that serves requests.
 * `POST /v1/completions`, `POST /v1/chat/completions` and `GET /v1/models` are compatible with OpenAI's API; version 42 is
   the model `NAME@42`.
 * `POST /evaluations` measures the quality of edits over many records, without changing the ledger.
+* `POST /trainings` trains the classifier of the method serac.
 * `POST /exports` makes a LoRA adapter, the edited weights or an edit set of a version; `POST /import` applies an edit set.
 
 Errors are `application/problem+json` (RFC 9457) with a stable `code` and a `detail` that says what to change. Below `/v1` they have
@@ -69,6 +71,7 @@ JOB_ROUTERS = {
     "trace": traces.router,
     "evaluation": evaluations.router,
     "export": exports.router,
+    "training": trainings.router,
 }
 OTHER_ROUTERS = (
     jobs.router,

@@ -120,6 +120,7 @@ def _largest_requests(settings: Settings) -> Iterator[Case]:
         "2,000 records with a key", "POST", "/evaluations", records, JSON_HEADERS | {"Idempotency-Key": "a"}
     )
     yield _post("2,000 records", "/evaluations", records, (*ACCEPTED, *BUSY), PARALLEL)
+    yield _post("2,000 records", "/trainings", records, REFUSED)
     yield _post("180 edits", "/import", imported, (*ACCEPTED, 429))
     yield Case("180 edits with a key", "POST", "/import", imported, FILE_HEADERS | {"Idempotency-Key": "a"})
     yield _post("2 whole weights", "/import", partial(edit_set, 2, "ft"))
@@ -157,6 +158,7 @@ def _flood_records(name: str, size: int) -> bytes:
 def _hostile_records(size: int) -> Iterator[Case]:
     for name in record_floods(1000):
         yield _post(name, "/evaluations", partial(_flood_records, name, size), REFUSED)
+        yield _post(name, "/trainings", partial(_flood_records, name, size), REFUSED)
     for name in ("empty objects", "one record of lists"):
         yield _post(name, "/evaluations", partial(_flood_records, name, size), REFUSED, PARALLEL)
     yield _post("over the limit", "/evaluations", lambda: b"x" * (size + 1), REFUSED, PARALLEL)

@@ -138,7 +138,7 @@ class PublicModelExperiment:
             seconds = perf_counter() - began
             stored = serialize_updates(factors.updates)
             self.out.put(name, stored)
-        updates = deserialize_updates(stored, edit, record.subject, self.context.find_gate_space)
+        updates = deserialize_updates(stored, edit, record.subject, self.context.find_shared)
         if self.gated:
             updates = [self.with_gate(record, u) for u in updates if isinstance(u, Association)]
         return updates, seconds

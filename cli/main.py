@@ -41,6 +41,7 @@ COMMANDS = (
     "report",
     "study",
     "tune",
+    "train",
     "api",
     "worker",
     "mcp",

@@ -38,6 +38,7 @@ OVERVIEW = {
         "report": "show stored evaluations beside each other",
         "study": "trace or edit many facts and aggregate the results",
         "tune": "find a recipe for a model of your own",
+        "train": "train the learned part of the method serac",
     },
     "Operate": {
         "api": "run an API process",

@@ -26,6 +26,7 @@ from palimpsest.resources import (
     RevertResult,
     Token,
     Trace,
+    Training,
     Verification,
 )
 from palimpsest.sync_async import endpoint, iterable_endpoint
@@ -391,6 +392,52 @@ class Endpoints:
         ids = [e if isinstance(e, str) else e.id for e in evaluations]
         query = urlencode({"id": ids, "format": form}, doseq=True)
         return await self._transport.download(f"/evaluations/report?{query}")
+
+    # trainings
+
+    @endpoint
+    async def train(
+        self,
+        records: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        dataset: Literal["facts"] | None = None,
+        limit: int | None = None,
+        layer: int | None = None,
+        dimensions: int | None = None,
+        steps: int | None = None,
+        batch_size: int | None = None,
+        learning_rate: float | None = None,
+        false_open_rate: float | None = None,
+        seed: int | None = None,
+        key: str | None = None,
+        wait: bool = True,
+        on_progress: OnProgress | None = None,
+    ) -> Training:
+        """Train the scope classifier of SERAC on records with paraphrases, or on the fact table of the model."""
+        body = drop_none(
+            records=None if records is None else list(records),
+            dataset=dataset,
+            limit=limit,
+            layer=layer,
+            dimensions=dimensions,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            false_open_rate=false_open_rate,
+            seed=seed,
+        )
+        training = await self._create_job(Training, body, key, wait, on_progress)
+        return _require_success(training) if wait else training
+
+    @endpoint
+    async def get_training(self, id: str) -> Training:
+        """Return a training."""
+        return await self._get_job(Training, id)
+
+    @iterable_endpoint
+    def trainings(self, *, limit: int | None = None) -> AsyncIterator[Training]:
+        """Yield trainings, newest first; at most `limit`."""
+        return self._transport.iter_items("/trainings", Training, limit)
 
     # jobs of all kinds
 

@@ -232,6 +232,16 @@ class Evaluation(Job):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
+class Training(Job):
+    """A training of the learned part of a method. `result` has its figures on held-out subjects."""
+
+    path: ClassVar[str] = "/trainings"
+
+    request: Json = field(default_factory=dict)
+    result: Json | None = None
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Export(Job):
     """A version as a file; `result` describes the file."""
 

@@ -649,8 +649,10 @@ class EvaluationPlan(RequestModel):
             )
         if self.recall_facts and self.mode != "sequence":
             raise InvalidInput("recall is measured in a sequence: leave recall_facts out.", "recall_facts")
+        if METHODS[self.method].keeps_records and self.objective == "erase":
+            raise InvalidInput("a statement cannot erase a fact: use another method.", "method")
         is_gated = (self.hparams or {}).get("form") == "gated"
-        if self.search_model == "edited" and (is_gated or METHODS[self.method].keeps_codebook):
+        if self.search_model == "edited" and (is_gated or METHODS[self.method].is_looked_up):
             raise InvalidInput(
                 "edits that are looked up are computed on the base model: leave search_model out.",
                 "search_model",
@@ -682,6 +684,51 @@ class EvaluationRequest(EvaluationPlan):
         return EvaluationPlan.model_validate(
             {name: getattr(self, name) for name in EvaluationPlan.model_fields}
         )
+
+
+class ScopePlan(RequestModel):
+    """How a scope classifier of SERAC is trained."""
+
+    layer: int | None = Field(
+        None,
+        ge=0,
+        le=1000,
+        description="layer whose hidden states are read, from 0; default: at a quarter of the depth",
+    )
+    dimensions: int = Field(64, ge=2, le=256, description="dimensions of an embedding")
+    steps: int = Field(1000, ge=1, le=100_000, description="training steps")
+    batch_size: int = Field(64, ge=1, le=1024, description="facts in a step")
+    learning_rate: float = Field(3e-3, gt=0, le=1, description="Adam's learning rate")
+    false_open_rate: float = Field(
+        0.01,
+        ge=0,
+        le=0.5,
+        description="share of the pairs out of scope that may open, by which the threshold is chosen on subjects that were "
+        "held out of the training",
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the split by subject and of the training")
+
+
+class TrainingRequest(ScopePlan):
+    """A training: what is trained, and the records with which it is trained."""
+
+    method: Literal["serac"] = Field("serac", description="the method whose learned part is trained")
+    records: list[dict[str, Any]] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_RECORDS,
+        description="records of one format, as in an evaluation; those without paraphrases train nothing",
+    )
+    dataset: Literal["facts"] | None = Field(
+        None, description="the fact table of the served model, instead of records"
+    )
+    limit: int | None = Field(
+        None, ge=1, le=MAX_RECORDS, description="maximum number of records, in the order drawn from the seed"
+    )
+
+    def plan(self) -> ScopePlan:
+        """Return the parameters without the records."""
+        return ScopePlan.model_validate({name: getattr(self, name) for name in ScopePlan.model_fields})
 
 
 TraceKind = Literal["hidden", "mlp", "attn"]

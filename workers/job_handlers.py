@@ -6,9 +6,10 @@ from collections.abc import Collection
 from functools import partial
 from hashlib import sha256
 from tempfile import SpooledTemporaryFile
+from typing import Any
 
 from service.datasets.fact_table import find_facts_file
-from service.datasets.loading import load_records
+from service.datasets.loading import LoadedRecords, load_records
 from service.editing.context import EditorContext
 from service.editing.edit_job import run_edits
 from service.engine.job_runner import JobHandler
@@ -29,8 +30,15 @@ from service.kit.steps import (
     retry_while_unavailable,
 )
 from service.kit.versions import resolve_version
-from service.schemas import MAX_RECORDS, EvaluationRequest, TraceRequest, WorkerExportRequest
+from service.schemas import (
+    MAX_RECORDS,
+    EvaluationRequest,
+    TraceRequest,
+    TrainingRequest,
+    WorkerExportRequest,
+)
 from service.tracing.fast_trace import trace_statement
+from service.training.scope_training import train_scope
 from workers.job_metrics import with_job_metrics
 
 JobHandlers = dict[str, JobHandler]
@@ -61,7 +69,17 @@ def job_handlers(
         (job,) = jobs
         return report_to(reporter, [job.id], run_export(replica, job_store, context, job))
 
-    handlers: JobHandlers = {"edit": edit, "trace": trace, "export": export, "evaluation": evaluation}
+    def training(reporter: JobReporter, *jobs: ClaimedJob) -> Stepper[None]:
+        (job,) = jobs
+        return report_to(reporter, [job.id], run_training(job_store, context, job))
+
+    handlers: JobHandlers = {
+        "edit": edit,
+        "trace": trace,
+        "export": export,
+        "evaluation": evaluation,
+        "training": training,
+    }
     return {kind: with_job_metrics(handler) for kind, handler in handlers.items() if kind in kinds}
 
 
@@ -110,13 +128,34 @@ def run_evaluation(
     store = JobArtifactStore(job_store, job)
     rows = get_json(store, artifacts.RECORDS)
     request = EvaluationRequest.model_validate({**job.request, "records": rows})
-    source = rows if rows is not None else find_facts_file(context.model.path)
-    if source is None:
-        raise InvalidInput("the resident model has no facts.jsonl: send records.", "dataset")
-    loaded = load_records(source, request.seed, request.limit or MAX_RECORDS)
+    loaded = _load_records(context, rows, request)
     result = yield from runner.run_evaluation(replica, context, request.plan(), loaded.records, store)
     result["records"] |= {"format": loaded.format, "skipped": loaded.skipped}
     yield from retry_while_unavailable(partial(job_store.finish, job, "done", result))
+
+
+def _load_records(
+    context: EditorContext, rows: list[Any] | None, request: EvaluationRequest | TrainingRequest
+) -> LoadedRecords:
+    """Return the records of a request: those that were sent with it, or the fact table of the model."""
+    source = rows if rows is not None else find_facts_file(context.model.path)
+    if source is None:
+        raise InvalidInput("the resident model has no facts.jsonl: send records.", "dataset")
+    return load_records(source, request.seed, request.limit or MAX_RECORDS)
+
+
+def run_training(job_store: JobStore, context: EditorContext, job: ClaimedJob) -> Stepper[None]:
+    """Train a scope classifier on the base model. An attempt resumes where the previous one ended."""
+    store = JobArtifactStore(job_store, job)
+    rows = get_json(store, artifacts.RECORDS)
+    request = TrainingRequest.model_validate({**job.request, "records": rows})
+    records = _load_records(context, rows, request).records
+    trained = yield from train_scope(context.model, records, request.plan(), store)
+    yield from retry_while_unavailable(
+        partial(store.put, JOB_KINDS[job.kind].result_artifact, trained.serialize())
+    )
+    yield from retry_while_unavailable(partial(job_store.finish, job, "done", trained.description()))
+    context.classifiers.keep(trained)
 
 
 def run_export(

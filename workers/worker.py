@@ -171,6 +171,7 @@ class Worker:
         replica = VersionedModel(model, ledger, worker_session.attest)
         call_kinds = tuple(kind for kind in CALL_KINDS if kind in accepted_kinds)
         config = EngineConfig(max_edits_per_group=self._settings.max_edits_per_batch)
+        context.classifiers.sources.append(job_store.newest_classifier)
         handlers = job_handlers(replica, job_store, context, accepted_kinds)
         return Engine(
             replica,

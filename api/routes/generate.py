@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
+from pydantic import Field
 
 from api import sse
 from api.dependencies import BrokerDep, ResourceModel, ServicesDep, bearer_scheme
@@ -28,6 +29,10 @@ class GenerationChoice(ResourceModel):
     text: str
     tokens: list[int]
     finish_reason: str
+    edit: str | None = Field(
+        None,
+        description="the edit by SERAC whose statement was read before the prompt; left out where none was",
+    )
 
 
 class GenerationResponse(GenerationChoice):
@@ -69,6 +74,7 @@ _EXAMPLES: dict[str, Any] = {
     "/generate",
     summary="Generate text",
     response_model=GenerationResponse | GenerationListResponse,
+    response_model_exclude_unset=True,
     responses={
         200: {
             "description": "The text. With `stream`: `token` events, then `end` or `error`; `reset` makes the tokens so far void.",

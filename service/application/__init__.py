@@ -20,6 +20,7 @@ from service.application.ledger import LedgerService
 from service.application.models import ModelService
 from service.application.served_model import ServedModel
 from service.application.traces import TraceService
+from service.application.trainings import TrainingService
 from service.application.version_diff import VersionDiff
 from service.application.version_names import VersionNameService
 from service.db.database import Database
@@ -43,6 +44,7 @@ class Services:
         self.edits = cast(EditService, self.by_kind["edit"])
         self.traces = cast(TraceService, self.by_kind["trace"])
         self.evaluations = cast(EvaluationService, self.by_kind["evaluation"])
+        self.trainings = cast(TrainingService, self.by_kind["training"])
         self.exports = cast(ExportService, self.by_kind["export"])
         self.imports = ImportService(queue, served_model)
         self.jobs = JobService(database, broker)

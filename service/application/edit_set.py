@@ -1,10 +1,10 @@
 """Edit sets: edits exported from one ledger as one safetensors file, to be imported into another.
 
 Each tensor is named by the id of an edit and holds the bytes of the safetensors file that `GET /edits/{id}/delta`
-returns. A further tensor, named by its digest, holds each gate space of gated edits as the ledger stores it, once. The
-metadata describes the edits in JSON: request, provenance and origin. Its digest covers a digest of every tensor and
-detects a damaged or modified file; a gate space is covered by the edits, whose tensors name its digest. It does not
-authenticate the author: anyone with the scope to edit may import.
+returns. A further tensor, named by its digest, holds each gate space of gated edits, and each classifier of statement
+records, as the ledger stores it, once. The metadata describes the edits in JSON: request, provenance and origin. Its
+digest covers a digest of every tensor and detects a damaged or modified file; what edits share is covered by the edits,
+whose tensors name its digest. It does not authenticate the author: anyone with the scope to edit may import.
 
 Free of torch. Everything in a file is checked against the model before it is used.
 """
@@ -20,6 +20,8 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from service.application.edit_set_records import RECORD_PARTS, check_classifier, check_record
+from service.application.tensor_checks import MAX_MAGNITUDE, check_numbers, check_tensor, clamp
 from service.errors import InvalidInput
 from service.kit import safetensors_io
 from service.kit.large_json import parse_json
@@ -33,7 +35,7 @@ from service.schemas import MAX_HPARAMS, EditRequest, MethodName, Objective, Pro
 
 FORMAT = "palimpsest-edits-2"
 MAX_EDITS = 1000  #: edits in one file
-MAX_TENSORS = 2 * MAX_EDITS  #: in one file: those of its edits, and at most one gate space of each
+MAX_TENSORS = 2 * MAX_EDITS  #: in one file: those of its edits, and at most one that each shares
 MAX_HEADER = 16_000_000  #: bytes of the header of a file, which describes its edits
 MAX_SKETCH_SIZE = 4 * SKETCH_SIZE  #: dimensions of a gate space
 #: fields of a ledger entry's body that an export takes; the others come from the request or the importing service
@@ -43,13 +45,13 @@ PROVENANCE_FIELDS = (
 )  # fmt: skip
 _FILE_LABEL = "the file"
 _CHUNK = 1_000_000  # bytes of a file that are read at once
-MAX_MAGNITUDE = 1e30  # of a number in a tensor; products of larger ones leave the range of fp32
 NORM_TOLERANCE = 1e-3  # of a key of a gate, whose norm is 1 before it is rounded to fp32
 _GATE_PARTS = ("keys", "blocked", "threshold", "space")  # the tensors of a gate
 MAX_LABEL = 4096  #: tokens of the object of an edit
 MAX_TOKEN_ID = 2**31
 _ENTRY_DTYPES = {"radius": "F64", "replayed": "U8"}  # of an entry of a codebook; its other numbers are F32
-_GATE_SPACE = re.compile(r"gate_space\.([0-9a-f]{64})")  # the name of a gate space in a file
+#: the name in a file of what edits share
+_SHARED = re.compile(r"(?:gate_space|scope_classifier)\.([0-9a-f]{64})")
 #: short texts by name, such as versions of libraries
 Labels = Annotated[dict[str, Annotated[str, Field(max_length=200)]], Field(max_length=128)]
 
@@ -116,16 +118,16 @@ class ImportedEdit:
     """An edit of a file that passed all checks."""
 
     edit: ExportedEdit
-    gate_spaces: frozenset[str]  #: the digests of the spaces of its gates
+    shared: Mapping[str, str]  #: the gate spaces and classifiers that it names: digest -> name in the file
     _file: SafetensorsFile
 
     def read_factors(self) -> bytes:
         """Return the tensors of the edit, as a file."""
         return self._file.read(self.edit.origin.edit)
 
-    def read_gate_space(self, digest: str) -> bytes:
-        """Return one of the spaces of its gates, as a file."""
-        return self._file.read(gate_space_name(digest))
+    def read_shared(self, digest: str) -> bytes:
+        """Return a gate space or classifier that it names, as a file."""
+        return self._file.read(self.shared[digest])
 
     @property
     def request(self) -> EditRequest:
@@ -203,7 +205,7 @@ def build_edit_set(
 
 def edit_set_header(edit_set: EditSet, sizes: Mapping[str, int]) -> bytes:
     """Return the header of a set's file. The tensors follow in the order of `sizes`, which are their bytes: those of
-    the edits by id, then the gate spaces by `gate_space_name`."""
+    the edits by id, then what they share by `shared_names`."""
     text = canonical_json(edit_set.model_dump(mode="json"))
     metadata = {
         "format": FORMAT,
@@ -219,10 +221,20 @@ def gate_space_name(digest: str) -> str:
     return f"gate_space.{digest}"
 
 
-def gate_space_digests(factors: bytes) -> set[str]:
-    """Return the digests of the gate spaces that the stored tensors of an edit name."""
+def classifier_name(digest: str) -> str:
+    """Return the name of the tensor that holds a scope classifier."""
+    return f"scope_classifier.{digest}"
+
+
+def shared_names(factors: bytes) -> dict[str, str]:
+    """Return the gate spaces and classifiers that the stored tensors of an edit name, with their names in a file, by
+    digest."""
     file = safetensors_io.read_safetensors(factors, "the stored factors")
-    return {file.read(name).hex() for name in file.tensor_infos if name.endswith(".gate.space")}
+    spaces = [file.read(name).hex() for name in file.tensor_infos if name.endswith(".gate.space")]
+    classifiers = [
+        file.read(n).hex() for n in file.tensor_infos if n.startswith("record.") and n.endswith(".classifier")
+    ]
+    return {d: gate_space_name(d) for d in spaces} | {d: classifier_name(d) for d in classifiers}
 
 
 # reading
@@ -239,16 +251,16 @@ def read_edit_set(
     edit_set = _parse_edit_set(file)
     _check_model(edit_set, fingerprint, info)
     names = [e.origin.edit for e in edit_set.edits]
-    digests = [match[1] for name in file.tensor_infos if (match := _GATE_SPACE.fullmatch(name))]
-    if len(set(names)) < len(names) or {*names, *map(gate_space_name, digests)} != set(file.tensor_infos):
+    shared_names = [name for name in file.tensor_infos if _SHARED.fullmatch(name)]
+    if len(set(names)) < len(names) or {*names, *shared_names} != set(file.tensor_infos):
         raise InvalidInput("the file is damaged: its edits and its tensors do not match.")
-    spaces = {digest: _read_gate_space_shape(file, digest, info, max_edit_size) for digest in digests}
+    shared = {name: _read_shared_shape(file, name, info, max_edit_size) for name in shared_names}
     imported = [
-        ImportedEdit(edit, _check_edit(file, edit, info, max_edit_size, spaces), file)
+        ImportedEdit(edit, _check_edit(file, edit, info, max_edit_size, shared), file)
         for edit in edit_set.edits
     ]
-    if unnamed := set(spaces).difference(*(g.gate_spaces for g in imported)):
-        raise InvalidInput(f"the file is invalid: no gate names the gate space {min(unnamed)}.")
+    if unnamed := set(shared).difference(*(g.shared.values() for g in imported)):
+        raise InvalidInput(f"the file is invalid: no edit names the {_describe_shared(min(unnamed))}.")
     return sorted(imported, key=lambda g: g.edit.origin.edit)
 
 
@@ -313,44 +325,53 @@ def _check_model(edit_set: EditSet, fingerprint: str, info: Mapping[str, Any]) -
 
 
 @dataclass(frozen=True)
-class _GateSpaceShape:
-    """A gate space of a file that passed all checks, without its numbers."""
+class _SharedShape:
+    """A gate space or classifier of a file that passed all checks, without its numbers."""
 
     layer: int
-    size: int  #: r, the number of its dimensions
+    size: int  #: the number of its dimensions
 
 
-def _read_gate_space_shape(
-    file: SafetensorsFile, digest: str, info: Mapping[str, Any], max_size: int
-) -> _GateSpaceShape:
-    """Return the shape of a gate space. Raise InvalidInput unless it is valid, and its content has the digest."""
-    name = gate_space_name(digest)
+#: the gate spaces and classifiers of a file by name
+_Shared = Mapping[str, _SharedShape]
+
+
+def _describe_shared(name: str) -> str:
+    """Return "gate space DIGEST" or "scope classifier DIGEST"."""
+    return name.replace("_", " ").replace(".", " ")
+
+
+def _read_shared_shape(
+    file: SafetensorsFile, name: str, info: Mapping[str, Any], max_size: int
+) -> _SharedShape:
+    """Return the shape of a gate space or classifier. Raise InvalidInput unless it is valid, and its content has the
+    digest that names it."""
     _check_size(file, name, max_size)
     try:
-        shape, content_digest = _check_gate_space(
-            safetensors_io.read_safetensors(file.open(name), "it"), info
-        )
+        content = safetensors_io.read_safetensors(file.open(name), "it")
+        is_space = name.startswith("gate_space.")
+        layer, size, digest = (_check_gate_space if is_space else check_classifier)(content, info)
     except InvalidInput as error:
-        raise InvalidInput(f"the gate space {digest} is invalid: {error.detail}") from None
-    if content_digest != digest:
-        raise _damaged_error(f"the gate space {digest}")
-    return shape
+        raise InvalidInput(f"the {_describe_shared(name)} is invalid: {error.detail}") from None
+    if not name.endswith(digest):
+        raise _damaged_error(f"the {_describe_shared(name)}")
+    return _SharedShape(layer, size)
 
 
-def _check_gate_space(file: SafetensorsFile, info: Mapping[str, Any]) -> tuple[_GateSpaceShape, str]:
-    """Return the shape and the digest of a gate space, as `service/weights/gate_space.py` defines it. Raise
-    InvalidInput unless it is the sketch of a layer of the model, with finite numbers."""
+def _check_gate_space(file: SafetensorsFile, info: Mapping[str, Any]) -> tuple[int, int, str]:
+    """Return the layer, the dimensions and the digest of a gate space, as `service/weights/gate_space.py` defines it.
+    Raise InvalidInput unless it is the sketch of a layer of the model, with finite numbers."""
     layer_of_name = {f"layer.{x}.sketch": x for x in range(info["layers"])}
     name = next(iter(file.tensor_infos), "")
     if len(file.tensor_infos) != 1 or name not in layer_of_name:
         raise InvalidInput("it must be the sketch of one layer of the model.")
     rows, inner_width = (*file.tensor_infos[name].shape, 0)[0], _weight_shapes(info)["mlp"][1]
-    _check_tensor(file.tensor_infos[name], "F32", (_clamp(rows, 1, MAX_SKETCH_SIZE), inner_width))
+    check_tensor(file.tensor_infos[name], "F32", (clamp(rows, 1, MAX_SKETCH_SIZE), inner_width))
     sketch = file.to_numpy(name)
-    _check_numbers(name, sketch)
+    check_numbers(name, sketch)
     digest = hashlib.sha256(f"{layer_of_name[name]}:{sketch.shape}".encode())
     digest.update(sketch.data)
-    return _GateSpaceShape(layer_of_name[name], rows), digest.hexdigest()
+    return layer_of_name[name], rows, digest.hexdigest()
 
 
 def _check_size(file: SafetensorsFile, name: str, max_size: int) -> None:
@@ -367,9 +388,10 @@ def _check_edit(
     edit: ExportedEdit,
     info: Mapping[str, Any],
     max_edit_size: int,
-    spaces: Mapping[str, _GateSpaceShape],
-) -> frozenset[str]:
-    """Return the digests of the gate spaces of an edit. Raise InvalidInput unless its tensors are valid."""
+    shared: _Shared,
+) -> dict[str, str]:
+    """Return the gate spaces and classifiers that an edit names: digest -> name. Raise InvalidInput unless its tensors
+    are valid."""
     name = edit.origin.edit
     _check_size(file, name, max_edit_size)
     factors, digest = file.open(name), hashlib.sha256()
@@ -378,7 +400,11 @@ def _check_edit(
     if digest.hexdigest() != edit.factors_sha256:
         raise _damaged_error(f"the tensor {name}")
     try:
-        return _check_factors(safetensors_io.read_safetensors(factors, "it"), edit.provenance, info, spaces)
+        content = safetensors_io.read_safetensors(factors, "it")
+        if METHODS[edit.provenance.method].keeps_records:
+            return _check_record(content, edit, info, shared)
+        digests = _check_factors(content, edit.provenance, info, shared)
+        return {digest: gate_space_name(digest) for digest in digests}
     except InvalidInput as error:
         raise InvalidInput(f"the tensors of {name} are invalid: {error.detail}") from None
 
@@ -387,7 +413,7 @@ def _check_factors(
     file: SafetensorsFile,
     provenance: EditProvenance,
     info: Mapping[str, Any],
-    spaces: Mapping[str, _GateSpaceShape],
+    shared: _Shared,
 ) -> frozenset[str]:
     """Return the digests of the gate spaces of an edit. Raise InvalidInput unless the tensors are those of the method
     at its layers, with the model's shapes, and finite, and its gates are valid.
@@ -409,14 +435,36 @@ def _check_factors(
     for name in set(file.tensor_infos) - gate_names - label_names:
         dtype, shape = ("F64", (1,)) if name in mode_names else ("F32", expected_shapes[name])
         dtype = _ENTRY_DTYPES.get(name.rpartition(".")[2], dtype) if method.keeps_codebook else dtype
-        _check_tensor(file.tensor_infos[name], dtype, shape)
+        check_tensor(file.tensor_infos[name], dtype, shape)
         is_positive = name in mode_names or name.endswith(".radius")
-        _check_numbers(name, file.to_numpy(name), may_be_negative=not is_positive)
+        check_numbers(name, file.to_numpy(name), may_be_negative=not is_positive)
     for name in label_names:
         _check_label(file, name)
     if method.keeps_codebook:
         _check_replayed(file, layers, provenance)
-    return frozenset(_check_gate(file, x, spaces) for x in gated_layers)
+    return frozenset(_check_gate(file, x, shared) for x in gated_layers)
+
+
+def _check_record(
+    file: SafetensorsFile, edit: ExportedEdit, info: Mapping[str, Any], shared: _Shared
+) -> dict[str, str]:
+    """Return the classifier of a statement record: digest -> name. Raise InvalidInput unless the record is that of the
+    edit's request, and its classifier is in the file."""
+    provenance, request = edit.provenance, edit.request
+    layers = _layers_of(provenance, info)
+    if len(layers) != 1 or set(file.tensor_infos) != {f"record.{layers[0]}.{part}" for part in RECORD_PARTS}:
+        raise InvalidInput(f"their names are not those of {provenance.method} at the layers {layers}.")
+    named = f"record.{layers[0]}.classifier"
+    check_tensor(file.tensor_infos[named], "U8", (32,))
+    digest = file.read(named).hex()
+    if (found := shared.get(classifier_name(digest))) is None:
+        raise InvalidInput(f"{named} names the scope classifier {digest}, which the file lacks.")
+    if found.layer != layers[0]:
+        raise InvalidInput(f"{named} names the scope classifier of layer {found.layer}.")
+    target = request.target_object or provenance.resolved_true
+    between = provenance.resolved_separator
+    check_record(file, layers[0], found.size, request, target, between, provenance.hparams)
+    return {digest: classifier_name(digest)}
 
 
 def _layers_of(provenance: EditProvenance, info: Mapping[str, Any]) -> list[int]:
@@ -459,25 +507,10 @@ def _factor_shapes(
     return {f"weight.{x}.{part}": tuple(shapes[part]) for x in layers for part in parts}
 
 
-def _check_tensor(tensor_info: TensorInfo, dtype: str, shape: tuple[int, ...]) -> None:
-    if (tensor_info.dtype, tensor_info.shape) != (dtype, shape):
-        raise InvalidInput(
-            f"{tensor_info.name} is {tensor_info.dtype} {list(tensor_info.shape)} and must be {dtype} {list(shape)}."
-        )
-
-
-def _check_numbers(name: str, numbers: np.ndarray[Any, Any], may_be_negative: bool = True) -> None:
-    low, high = numbers.min(initial=0), numbers.max(initial=0)  # NaN if one number is
-    if not np.isfinite((low, high)).all() or (low < 0 and not may_be_negative):
-        raise InvalidInput(f"{name} has values that are not finite, or negative where they must not be.")
-    if max(-low, high) > MAX_MAGNITUDE:
-        raise InvalidInput(f"{name} has values above {MAX_MAGNITUDE:g}.")
-
-
 def _check_label(file: SafetensorsFile, name: str) -> None:
     """Raise InvalidInput unless a label is a list of token ids, which may begin with -1."""
     count = (*file.tensor_infos[name].shape, 0)[0]
-    _check_tensor(file.tensor_infos[name], "I64", (_clamp(count, 1, MAX_LABEL),))
+    check_tensor(file.tensor_infos[name], "I64", (clamp(count, 1, MAX_LABEL),))
     label = file.to_numpy(name)
     if label[0] < -1 or label[1:].min(initial=0) < 0 or not 0 <= label.max() < MAX_TOKEN_ID:
         raise InvalidInput(f"{name} must have token ids.")
@@ -491,33 +524,29 @@ def _check_replayed(file: SafetensorsFile, layers: Sequence[int], provenance: Ed
             raise InvalidInput(f"{name} must be {replayed}, as hparams.compat says.")
 
 
-def _check_gate(file: SafetensorsFile, layer: int, spaces: Mapping[str, _GateSpaceShape]) -> str:
+def _check_gate(file: SafetensorsFile, layer: int, shared: _Shared) -> str:
     """Return the digest of the space of a gate. Raise InvalidInput unless the space is in the file and of this layer,
     and the tensors of the gate are valid in it."""
     infos = {part: file.tensor_infos[f"layer.{layer}.gate.{part}"] for part in _GATE_PARTS}
-    _check_tensor(infos["space"], "U8", (32,))
+    check_tensor(infos["space"], "U8", (32,))
     digest = file.read(infos["space"].name).hex()
-    if (space := spaces.get(digest)) is None:
+    if (space := shared.get(gate_space_name(digest))) is None:
         raise InvalidInput(f"{infos['space'].name} names the gate space {digest}, which the file lacks.")
     if space.layer != layer:
         raise InvalidInput(f"{infos['space'].name} names the gate space of layer {space.layer}.")
     for part, least, most in (("keys", 1, MAX_KEYS), ("blocked", 0, MAX_BLOCKED)):
         rows = (*infos[part].shape, 0)[0]
-        _check_tensor(infos[part], "F32", (_clamp(rows, least, most), space.size))
+        check_tensor(infos[part], "F32", (clamp(rows, least, most), space.size))
         _check_unit_rows(infos[part].name, file.to_numpy(infos[part].name))
-    _check_tensor(infos["threshold"], "F32", (1,))
+    check_tensor(infos["threshold"], "F32", (1,))
     if not -1 < file.to_numpy(infos["threshold"].name)[0] < 1:  # NaN is not
         raise InvalidInput(f"{infos['threshold'].name} must be between -1 and 1.")
     _check_response(file, layer)
     return digest
 
 
-def _clamp(number: int, least: int, most: int) -> int:
-    return max(least, min(number, most))
-
-
 def _check_unit_rows(name: str, rows: np.ndarray[Any, Any]) -> None:
-    _check_numbers(name, rows)
+    check_numbers(name, rows)
     norms = np.linalg.norm(rows.astype(np.float64), axis=1)
     if (np.abs(norms - 1) > NORM_TOLERANCE).any():
         raise InvalidInput(f"{name} has keys whose norm is not 1.")

@@ -27,7 +27,7 @@ class EvaluationService(JobResourceService):
         return NewJob(
             request.model_dump(mode="json", exclude={"records"}) | {"records": count},
             f"{request.method} on {request.dataset or f'{count} records'}",
-            {} if request.records is None else {artifacts.RECORDS: _encode_list(request.records)},
+            {} if request.records is None else {artifacts.RECORDS: encode_list(request.records)},
         )
 
     def _render(self, rows: list[Any] | None) -> list[Any] | None:
@@ -47,7 +47,7 @@ def _render_row(renderer: ConversationRenderer, row: Any, place: int) -> dict[st
         return renderer.render_record(record).model_dump(mode="json")
 
 
-def _encode_list(items: Sequence[Any]) -> bytes:
+def encode_list(items: Sequence[Any]) -> bytes:
     """Return a list as JSON. Each item is encoded alone: the encoder of the standard library holds the interpreter's
     lock for a whole text."""
     return b"[" + b", ".join(json.dumps(item).encode() for item in items) + b"]"

@@ -46,11 +46,11 @@ class _EditSetContent:
 
     header: bytes
     factor_sizes: dict[str, int]  #: by edit id
-    space_sizes: dict[str, int]  #: of the gate spaces, by digest
+    shared_sizes: dict[str, int]  #: of the gate spaces, by digest
 
     @property
     def size(self) -> int:
-        return len(self.header) + sum(self.factor_sizes.values()) + sum(self.space_sizes.values())
+        return len(self.header) + sum(self.factor_sizes.values()) + sum(self.shared_sizes.values())
 
 
 class ExportService(JobResourceService):
@@ -168,7 +168,7 @@ class ExportService(JobResourceService):
         for edit_id in content.factor_sizes:
             with self.queue.database.read_session() as session:
                 yield ledger.factors_of(session, [edit_id])[edit_id]
-        for digest in content.space_sizes:
+        for digest in content.shared_sizes:
             with self.queue.database.read_session() as session:
                 yield ledger.gate_space(session, digest)
 
@@ -200,26 +200,33 @@ def _edit_set_content(
         row.edit_id: row.size for row in session.execute(lengths.where(StoredFactors.edit_id.in_(ids)))
     }
     factor_sizes = {edit_id: size_by_edit[edit_id] for edit_id in ids}
-    space_sizes = _gate_space_sizes(session, _gated_edits(active_entries))
+    with_shared = [e.edit_id for e in active_entries if _is_gated(e) or _method_of(e).keeps_records]
+    shared_names = _shared_names(session, with_shared)
+    shared_sizes = {digest: ledger.gate_space_size(session, digest) for digest in shared_names}
     base = {"name": model.name, "fingerprint": model.fingerprint}
     base |= {name: model.info[name] for name in ("architecture", "dtype") if name in model.info}
     exported = edit_set.build_edit_set(base, version, ledger_entries, active_entries, request_by_edit)
-    sizes = factor_sizes | {edit_set.gate_space_name(digest): n for digest, n in space_sizes.items()}
-    return _EditSetContent(edit_set.edit_set_header(exported, sizes), factor_sizes, space_sizes)
+    sizes = factor_sizes | {shared_names[digest]: n for digest, n in shared_sizes.items()}
+    return _EditSetContent(edit_set.edit_set_header(exported, sizes), factor_sizes, shared_sizes)
 
 
 def _gated_edits(active_entries: Sequence[ledger.Entry]) -> list[str]:
     """Return the ids of the gated edits among the active ones."""
-    return [e.edit_id for e in active_entries if e.body.get("hparams", {}).get("form") == "gated"]
+    return [e.edit_id for e in active_entries if _is_gated(e)]
 
 
-def _gate_space_sizes(session: Session, gated_edits: Sequence[str]) -> dict[str, int]:
-    """Return the size of each gate space that these edits name, by digest and in its order."""
-    digests: set[str] = set()
-    for start in range(0, len(gated_edits), _EDITS_PER_READ):
-        factors = ledger.factors_of(session, gated_edits[start : start + _EDITS_PER_READ])
-        digests.update(*map(edit_set.gate_space_digests, factors.values()))
-    return {digest: ledger.gate_space_size(session, digest) for digest in sorted(digests)}
+def _is_gated(entry: ledger.Entry) -> bool:
+    return bool(entry.body.get("hparams", {}).get("form") == "gated")
+
+
+def _shared_names(session: Session, edits: Sequence[str]) -> dict[str, str]:
+    """Return the gate spaces and classifiers that these edits name, with their names in a file, by digest and in its
+    order."""
+    names: dict[str, str] = {}
+    for start in range(0, len(edits), _EDITS_PER_READ):
+        for factors in ledger.factors_of(session, edits[start : start + _EDITS_PER_READ]).values():
+            names |= edit_set.shared_names(factors)
+    return dict(sorted(names.items()))
 
 
 def _active_entries_at(session: Session, model: Model, version: Version) -> tuple[int, list[ledger.Entry]]:
@@ -234,10 +241,13 @@ def _check_exportable(
     """Raise InvalidInput if the version has no active edits, or if the format cannot represent them."""
     if not active_entries:
         raise InvalidInput(f"no edit is active at version {version}: there is nothing to export.", "version")
-    in_codebooks = [e.edit_id for e in active_entries if _method_of(e).keeps_codebook]
-    if in_codebooks and format != "edits":
+    looked_up = [e.edit_id for e in active_entries if _method_of(e).is_looked_up]
+    if looked_up and format != "edits":
+        titles = " and ".join(
+            dict.fromkeys(_method_of(e).title for e in active_entries if _method_of(e).is_looked_up)
+        )
         raise InvalidInput(
-            f"edits by GRACE are looked up and are in no weight: {_some_ids(in_codebooks)}. Export an edit set (format=edits), "
+            f"edits by {titles} are looked up and are in no weight: {_some_ids(looked_up)}. Export an edit set (format=edits), "
             "which holds them exactly, or a version without them.",
             "format",
         )

@@ -69,7 +69,7 @@ class ImportService:
                 new = {g.identity: g for g in imported if g.identity in jobs}
                 for identity, g in new.items():
                     _insert_artifacts(session, str(jobs[identity]["id"]), g)
-                _store_gate_spaces(session, new.values())
+                _store_shared(session, new.values())
                 if idempotency is not None:
                     save_idempotency_key(session, actor, idempotency, ids)
                 rows = {job.id: job for job in session.scalars(select(Job).where(Job.id.in_(ids)))}
@@ -119,10 +119,10 @@ def _insert_artifacts(session: Session, job_id: str, imported: ImportedEdit) -> 
     artifacts.insert_artifact(session, job_id, artifacts.IMPORTED_BODY, json.dumps(imported.body).encode())
 
 
-def _store_gate_spaces(session: Session, imported: Iterable[ImportedEdit]) -> None:
-    """Store the spaces of the gates of edits, each once, where the workers read them. One space is in memory at a time.
-    A space stays stored when its edits are rejected; it has no effect by itself."""
-    holders = {digest: g for g in imported for digest in g.gate_spaces}
+def _store_shared(session: Session, imported: Iterable[ImportedEdit]) -> None:
+    """Store the gate spaces and classifiers of edits, each once, where the workers read them. One is in memory at a
+    time. It stays stored when its edits are rejected; it has no effect by itself."""
+    holders = {digest: g for g in imported for digest in g.shared}
     for digest in sorted(holders):
         if not ledger.has_gate_space(session, digest):
-            ledger.put_gate_space(session, digest, holders[digest].read_gate_space(digest))
+            ledger.put_gate_space(session, digest, holders[digest].read_shared(digest))

@@ -15,6 +15,7 @@ from service.kit.separator import Separator
 from service.kit.stated_fact import StatedFact
 from service.kit.text import token_span
 from service.kit.text_encoder import TextEncoder
+from service.methods.method import EditMethod
 from service.methods.registry import DEFAULT_METHOD, METHODS, get_method
 from service.recipes.default import can_try_layers
 from service.recipes.recipe import Recipe, resolve_hparams
@@ -24,9 +25,12 @@ from service.schemas import (
     EvaluationRequest,
     PromptForm,
     TraceRequest,
+    TrainingRequest,
     WorkerGenerateRequest,
     paraphrase_text,
 )
+from service.training.scope_examples import scope_facts, split_by_subject
+from service.training.scope_layer import check_scope_layer
 
 NOISE_PATTERN = re.compile(r"\d+(\.\d+)?sigma")
 
@@ -45,10 +49,24 @@ def validate_edit(request: EditRequest, model: Model, encoder: TextEncoder) -> N
                 encoder.check_plain(neighbour.prompt_text, "prompt")
             _validate_target(encoder, neighbour.prompt_text, neighbour.target, "target")
     method = request.method or DEFAULT_METHOD
+    _check_can_be_a_statement(request, get_method(method))
     resolve_hparams(_recipe_of(model), request.hparam_overrides, model.info["layers"], method)
     if request.try_layers and not can_try_layers(get_method(method)):
         methods = ", ".join(method.name for method in METHODS.values() if can_try_layers(method))
         raise InvalidInput(f"the layers of {request.method} are fixed: use one of {methods}.", "try_layers")
+
+
+def _check_can_be_a_statement(request: EditRequest, method: EditMethod) -> None:
+    """Raise InvalidInput for an edit that would be a statement, and cannot be one."""
+    if method.keeps_records and request.objective == "erase":
+        raise InvalidInput(
+            f"{method.title} states a fact before prompts and cannot erase one: use another method.", "method"
+        )
+    if method.keeps_records and request.messages is not None:
+        raise InvalidInput(
+            f"{method.title} states a fact as a plain text: give `prompt` in place of `messages`, or use another method.",
+            "messages",
+        )
 
 
 def _validate_statement(request: EditRequest, encoder: TextEncoder) -> None:
@@ -121,19 +139,31 @@ def validate_evaluation(request: EvaluationRequest, model: Model, encoder: TextE
     """Raise InvalidInput if an evaluation cannot be run. The worker validates the fact table of the model."""
     resolve_hparams(_recipe_of(model), request.hparams, model.info["layers"], request.method)
     request.check_consistency()
-    if (request.records is None) == (request.dataset is None):
-        raise InvalidInput('give either `records` or `"dataset": "facts"`.', "records")
+    _check_source(request, model)
     if request.records is None:
-        if not model.info.get("facts"):
-            raise InvalidInput(
-                "the resident model has no table of facts beside it: give `records`.", "dataset"
-            )
         return
     for record in read_records(request.records, request.seed, request.limit):
         try:
             check_record_fits(record, request.objective, encoder)
         except InvalidInput as error:
             raise InvalidInput(f"{record.name}: {error.detail}", "records") from None
+
+
+def validate_training(request: TrainingRequest, model: Model) -> None:
+    """Raise InvalidInput if a training cannot be run. The worker validates the fact table of the model."""
+    _check_source(request, model)
+    check_scope_layer(request, model.info["layers"])
+    if request.records is not None:
+        records = read_records(request.records, request.seed, request.limit)
+        split_by_subject(scope_facts(records), request.seed)
+
+
+def _check_source(request: EvaluationRequest | TrainingRequest, model: Model) -> None:
+    """Raise InvalidInput unless a request has either records or a table of facts that exists."""
+    if (request.records is None) == (request.dataset is None):
+        raise InvalidInput('give either `records` or `"dataset": "facts"`.', "records")
+    if request.records is None and not model.info.get("facts"):
+        raise InvalidInput("the resident model has no table of facts beside it: give `records`.", "dataset")
 
 
 def validate_generation(request: WorkerGenerateRequest, encoder: TextEncoder) -> None:

@@ -155,7 +155,8 @@ class StoredFactors(Base):
 
 
 class StoredGateSpace(Base):
-    """The space of the gates of edits (`service/weights/gate_space.py`), as safetensors. Its digest is its content."""
+    """The space of the gates of edits (`service/weights/gate_space.py`), or the classifier of statement records
+    (`scope_classifier.py` beside it), as safetensors. Its digest is that of its content."""
 
     __tablename__ = "gate_spaces"
 

@@ -25,6 +25,7 @@ from service.datasets.relation_table import RelationTable, load_relation_table
 from service.editing.context_templates import CONTEXT_LENGTHS, TOP_K, sample_contexts
 from service.editing.edit_spec import EditFactors, batch_edit_specs, build_edit_spec
 from service.editing.find_factors import find_batch_factors
+from service.editing.scope_classifiers import CLASSIFIERS_FOLDER, ScopeClassifiers
 from service.editing.subject_token import choose_subject_token
 from service.errors import InvalidInput
 from service.gating.gate_reference import GateReference, collect_gate_reference
@@ -34,7 +35,13 @@ from service.kit.steps import Phase, Stepper
 from service.kit.text import Statement
 from service.kit.time_estimate import with_estimate
 from service.kit.work_queue import Task, WorkQueue
-from service.methods.parameters import EditForm, NeuronParameters, Parameters, RomeParameters
+from service.methods.parameters import (
+    EditForm,
+    NeuronParameters,
+    Parameters,
+    RomeParameters,
+    SeracParameters,
+)
 from service.methods.registry import DEFAULT_METHOD, get_method
 from service.models.loading import LoadedModel
 from service.recipes.default import default_recipe
@@ -42,7 +49,8 @@ from service.recipes.published import published_recipe
 from service.recipes.recipe import Recipe, parse_recipe, resolve_hparams
 from service.recipes.shipped import ModelShape, shipped_recipe
 from service.schemas import Objective
-from service.weights.gate_space import GateSpace
+from service.weights.factors import SharedFactors
+from service.weights.scope_classifier import ScopeClassifier
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +105,7 @@ class EditorContext:
         self.statistics: dict[int, KeyStatistics] = {}
         self.gradient_statistics: dict[int, GradientStatistics] = {}
         self.gate_references: dict[int, GateReference] = {}
+        self.classifiers = ScopeClassifiers(folder.parent / CLASSIFIERS_FOLDER if folder else None)
         self.contexts: dict[tuple[int, int], list[str]] = {}
         self.perplexities: dict[int, float] = {}  #: version -> perplexity on the reference texts
         self._source = corpus if isinstance(corpus, CorpusSource) else None
@@ -218,10 +227,25 @@ class EditorContext:
             self.gate_references = self.gate_references | {layer: collected}
         return self.gate_references[layer]
 
-    def find_gate_space(self, digest: str) -> GateSpace:
-        """Return the space of the gates of this context's edits. Raise KeyError for another one."""
-        spaces = {r.space.digest: r.space for r in self.gate_references.values()}
-        return spaces[digest]
+    def get_scope_classifier(self, parameters: Parameters) -> ScopeClassifier | None:
+        """Return the newest classifier of the layer of an edit that is a statement; None for other edits. Raise
+        InvalidInput if none is trained."""
+        if not isinstance(parameters, SeracParameters):
+            return None
+        (layer,) = parameters.layers
+        trained = self.classifiers.newest(self.model.fingerprint, layer)
+        if trained is None:
+            raise InvalidInput(
+                f"no scope classifier is trained for layer {layer} of this model: run `palimpsest train serac` or POST "
+                "/trainings, or name the layer of one in hparams.layers.",
+                "method",
+            )
+        return trained.classifier
+
+    def find_shared(self, digest: str) -> SharedFactors:
+        """Return what the factors of this context's edits name by a digest. Raise KeyError for another one."""
+        spaces: dict[str, SharedFactors] = {r.space.digest: r.space for r in self.gate_references.values()}
+        return (spaces | self.classifiers.known)[digest]
 
     def _submit_corpus(self) -> Task[Corpus]:
         """Return the task that loads the corpus: the one that runs, or a new one."""
@@ -292,6 +316,7 @@ class EditorContext:
                     tokens_after=tokens_after,
                     gate_reference=gate_reference,
                     gradient_statistics=self.gradient_statistics,
+                    classifier=self.get_scope_classifier(parameters),
                 )
             )
         factors: list[EditFactors] = []

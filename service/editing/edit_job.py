@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from service.editing.auto_probes import AutoProbes
@@ -62,9 +63,10 @@ from service.weights.factors import (
     CodebookEntry,
     DenseUpdate,
     EditUpdate,
+    StatementRecord,
     deserialize_updates,
-    gate_of,
     serialize_updates,
+    shared_factors,
 )
 
 ANSWER_TOKENS = 16  # at most, of the answer whose beginning is the true object, where a request names none
@@ -292,7 +294,7 @@ class _EditRun:
         resolved_edit = replace(
             resolved_edit, parameters=resolved_edit.parameters.model_copy(update=fixed_strength)
         )
-        updates = deserialize_updates(factors, job.id, job.subject, self.replica.find_gate_space)
+        updates = deserialize_updates(factors, job.id, job.subject, self.replica.find_shared)
         delta_norm = math.sqrt(sum(float(_update_tensor(p).double().norm()) ** 2 for p in updates))
         token = SubjectToken(**body["subject_token"]) if body.get("subject_token") else None
         edit_factors = EditFactors(updates, [], delta_norm, 0.0, token)
@@ -377,10 +379,9 @@ class _EditRun:
                 "fingerprint": self.replica.base.fingerprint,
             }
         crash_points.crash_point("edit.after_compute")
-        gates = [gate for u in edit_factors.updates if (gate := gate_of(u)) is not None]
-        spaces = {gate.space.digest: gate.space.serialize() for gate in gates}
+        shared = {s.digest: s.serialize() for s in shared_factors(edit_factors.updates)}
         yield from retry_while_unavailable(
-            partial(self.job_store.commit_edit, prepared.job, head, factors, body, result, spaces)
+            partial(self.job_store.commit_edit, prepared.job, head, factors, body, result, shared)
         )
 
     def _commit_alone(self, prepared: PreparedEdit) -> Stepper[bool]:
@@ -416,7 +417,9 @@ def _one_step(progress: Progress) -> Stepper[None]:
 
 
 def _update_tensor(update: EditUpdate) -> Tensor:
-    """Return what an update changes: a weight, or a value."""
+    """Return what an update changes: a weight, or a value; nothing for a statement."""
+    if isinstance(update, StatementRecord):
+        return torch.zeros(())
     if isinstance(update, CodebookEntry):
         return update.value - update.output
     return update.change if isinstance(update, DenseUpdate) else update.value
@@ -518,6 +521,7 @@ def build_admitted_spec(
         tokens_after=(yield from choose_subject_token(model, statement, parameters)),
         gate_reference=(yield from context.get_gate_reference(parameters)),
         gradient_statistics=context.gradient_statistics,
+        classifier=context.get_scope_classifier(parameters),
     )
     require_memory(
         "this edit", spec.peak_bytes(model), model.device, "use a shorter prompt or fewer contexts", "prompt"

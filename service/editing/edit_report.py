@@ -63,6 +63,7 @@ def edit_report(
         "layers": sorted({p.layer for p in factors.updates}),
         "subject_token": _token_report(factors.subject_token),
         "gate": _gate_report(factors.gate),
+        "scope": None if factors.scope is None else asdict(factors.scope),
         "ball": None if guard_result.ball is None else asdict(guard_result.ball),
         **({"layer_search": resolved_edit.layer_search} if resolved_edit.layer_search else {}),
         "strength": guard_result.strength,

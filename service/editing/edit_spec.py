@@ -22,6 +22,7 @@ from service.methods.parameters import (
     NeuronParameters,
     Parameters,
     RomeParameters,
+    SeracParameters,
 )
 from service.methods.registry import DEFAULT_METHOD, get_method
 from service.models.budget import block_flops, group_budget
@@ -30,6 +31,7 @@ from service.models.memory_estimates import edit_bytes
 from service.models.token_batch import TokenizedStatement
 from service.schemas import Objective
 from service.weights.factors import EditUpdate
+from service.weights.scope_classifier import ScopeClassifier
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,17 @@ class EditFactors:
         None  #: the edited one; None where no single token is edited, or unknown
     )
     gate: GateReport | None = None  #: of a gated edit
+    scope: ScopeReport | None = None  #: of an edit that is a statement
+
+
+@dataclass(frozen=True)
+class ScopeReport:
+    """What is read before which prompts."""
+
+    statement: str
+    names: tuple[str, ...]  #: of which a prompt must contain one
+    threshold: float
+    classifier: str  #: its digest
 
 
 @dataclass(frozen=True)
@@ -183,7 +196,28 @@ class NeuronSpec:
         return edit_bytes(model, rows, longest - 1, suffix, min(self.parameters.layers), rows * suffix)
 
 
-EditSpec = ValueEditSpec | FineTuneSpec | CodebookSpec | GradientSpec | NeuronSpec
+@dataclass(frozen=True)
+class RecordSpec:
+    """An edit that is a statement, read before prompts within its scope."""
+
+    statement: Statement
+    target: str
+    parameters: SeracParameters
+    subject: str
+    classifier: ScopeClassifier
+    separator: Separator | None = None
+    edit: str = ""
+    method: str = "serac"
+    objective: Objective = "write"
+    noise: Tensor | None = field(default=None, repr=False, compare=False)
+
+    def peak_bytes(self, model: LoadedModel) -> int:
+        """Return the peak memory, in bytes: that of one text in the lower layers."""
+        length = len(model.encode(self.statement.text)[0])
+        return edit_bytes(model, 1, 0, length, model.num_layers - 1, 1)
+
+
+EditSpec = ValueEditSpec | FineTuneSpec | CodebookSpec | GradientSpec | NeuronSpec | RecordSpec
 
 
 def build_edit_spec(
@@ -200,12 +234,19 @@ def build_edit_spec(
     tokens_after: int = LAST,
     gate_reference: GateReference | None = None,
     gradient_statistics: Mapping[int, GradientStatistics] | None = None,
+    classifier: ScopeClassifier | None = None,
 ) -> EditSpec:
     """Return the specification of an edit after which the model continues the statement with `target`, or no longer
     does so when the objective is to erase. `noise` (n, d) is added to the embeddings of the subject during the
     search. `tokens_after`: the subject's tokens after the edited one (`choose_subject_token`). `gate_reference`: of a
-    gated edit. `gradient_statistics`: of the layers of a method that reads them."""
+    gated edit. `gradient_statistics`: of the layers of a method that reads them. `classifier`: of an edit that is a
+    statement."""
     subject = normalize_whitespace(statement.text[slice(*statement.span)])
+    if isinstance(parameters, SeracParameters):
+        assert classifier is not None
+        return RecordSpec(
+            statement, target, parameters, subject, classifier, separator, edit, method, objective, noise
+        )
     if isinstance(parameters, NeuronParameters):
         with_contexts = tokenize_contexts(model, statement, target, contexts, chosen=separator)
         return NeuronSpec(with_contexts, parameters, subject, edit, method, objective, noise)

@@ -181,7 +181,7 @@ class CallRunner:
             self._executor.add(patch[version], sequences, delivery.caller, delivery.cost)
 
         self._sequence_owners |= {s: (generation, i) for i, s in enumerate(sequences)}
-        return PendingAdmission(generation, (version,), begin)
+        return PendingAdmission(generation, (version,), begin, unrouted=deque(sequences))
 
     def _new_comparison(self, delivery: Delivery) -> PendingAdmission:
         request = WorkerCompareRequest.model_validate(delivery.payload)
@@ -203,11 +203,11 @@ class CallRunner:
         return PendingAdmission(comparison, (a, b), begin)
 
     def _admit(self, admission: PendingAdmission) -> None:
-        """Start a call whose versions are built already; queue it otherwise."""
+        """Start a call whose versions are built already, unless they route prompts; queue it otherwise."""
         for version in admission.versions:
             if self._replica.is_built(version):
-                admission.patches[version] = self._replica.built_patch(version)
-        if admission.next_version is None:
+                admission.add_patch(version, self._replica.built_patch(version))
+        if admission.next_version is None and not admission.unrouted:
             self._begin(admission)
         else:
             self._admissions.append(admission)
@@ -218,7 +218,7 @@ class CallRunner:
             crash_points.crash_point("generate.after_admit")
 
     def step(self) -> None:
-        """Run one step of building the version that the first waiting call needs."""
+        """Run one step of building the version that the first waiting call needs, or route one of its prompts."""
         if not self._admissions:
             return
         admission = self._admissions[0]
@@ -227,8 +227,12 @@ class CallRunner:
             if version is not None:
                 if not self._replica.advance_build(version):
                     return
-                admission.patches[version] = self._replica.built_patch(version)
-            if admission.next_version is None:
+                admission.add_patch(version, self._replica.built_patch(version))
+            elif admission.unrouted:
+                (patch,) = admission.patches.values()
+                with self._replica.use_patch(PatchSet(records=patch.records)) as model:
+                    admission.unrouted.popleft().choose_route(model)
+            if admission.next_version is None and not admission.unrouted:
                 self._admissions.popleft()
                 self._begin(admission)
         except (Unavailable, DigestMismatch):

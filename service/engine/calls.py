@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,7 +85,13 @@ class RunningGeneration:
 
 
 def _choice_result(sequence: DecodingSequence) -> dict[str, Any]:
-    result = {"text": sequence.text, "tokens": sequence.output_ids, "finish_reason": sequence.finish_reason}
+    result: dict[str, Any] = {
+        "text": sequence.text,
+        "tokens": sequence.output_ids,
+        "finish_reason": sequence.finish_reason,
+    }
+    if sequence.route is not None:
+        result["edit"] = sequence.route.edit
     return (
         result
         if sequence.logprob_recorder is None
@@ -109,17 +116,25 @@ RunningCall = RunningGeneration | RunningComparison
 
 @dataclass(eq=False)
 class PendingAdmission:
-    """A call that waits until its versions are built. `start` receives the weights of each version."""
+    """A call that waits until its versions are built, and its prompts are routed. `start` receives the patches of each
+    version."""
 
     call: RunningCall
     versions: tuple[int, ...]
     start: Callable[[dict[int, PatchSet]], None]
     patches: dict[int, PatchSet] = field(default_factory=dict)
+    unrouted: deque[DecodingSequence] = field(default_factory=deque)  #: whose prompts a version may route
 
     @property
     def next_version(self) -> int | None:
         """The next version to build; None when all are built."""
         return next((v for v in self.versions if v not in self.patches), None)
+
+    def add_patch(self, version: int, patch: PatchSet) -> None:
+        """Add the patches of a version. Without records it routes no prompt."""
+        self.patches[version] = patch
+        if patch.records is None:
+            self.unrouted.clear()
 
 
 def log_fields(item: Delivery | ClaimedJob) -> dict[str, str]:

@@ -30,14 +30,17 @@ def run_comparison(
     """Return the event "end" of a comparison. Each step is one forward pass on each side."""
     started = time.monotonic()
     prompt = request.tokens or request.prompt or ""
-    sequences = [new_sequence(model, prompt, request) for _ in sides]
+    sequences: list[DecodingSequence] = []
+    for _, patch in sides:
+        with use_patch(patch):
+            sequences.append(new_sequence(model, prompt, request))
     for sequence in sequences:
         sequence.end_ids = frozenset(request.end_token_ids)
     batches = [DecodingBatch(model, [r]) for r in sequences]
     p: list[Tensor] = []
-    for _, patch in sides:
+    for sequence, (_, patch) in zip(sequences, sides, strict=True):
         with use_patch(patch):
-            p.append(next_token_distribution(model, sequences[0].prompt_ids))
+            p.append(next_token_distribution(model, sequence.read_ids))
     yield Progress(Phase.COMPARE, 0, sequences[0].max_new_tokens)
     while any(map(len, batches)):
         for batch, (_, patch) in zip(batches, sides, strict=True):

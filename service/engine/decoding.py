@@ -24,6 +24,7 @@ from service.engine.logprobs import LogprobRecorder, TokenMeasurement, measure_l
 from service.errors import InvalidInput
 from service.kit.text import RenderedText
 from service.models.loading import LoadedModel
+from service.models.prompt_routing import PromptRoute
 from service.models.token_batch import pad
 from service.schemas import Sampling, WorkerGenerateRequest
 
@@ -50,19 +51,48 @@ class DecodingSequence:
     finish_reason: FinishReason | None = None
     echo_emitted: bool = False  #: whether the echo has been emitted
     caller: str = ""  #: of the call that it belongs to
+    route: PromptRoute | None = (
+        None  #: what is read with the prompt; it stays the same when a cache is rebuilt
+    )
+
+    @property
+    def read_ids(self) -> list[int]:
+        """The prompt as the model reads it."""
+        return self.prompt_ids if self.route is None else self.route.insert(self.prompt_ids)
 
     @property
     def token_ids(self) -> list[int]:
-        return self.prompt_ids + self.output_ids
+        return self.read_ids + self.output_ids
+
+    @property
+    def statement_length(self) -> int:
+        """The number of tokens that are read with the prompt."""
+        return 0 if self.route is None else len(self.route.statement_ids)
 
     @property
     def max_length(self) -> int:
         """The positions that the sequence uses at its full length."""
-        return len(self.prompt_ids) + self.max_new_tokens
+        return self.statement_length + len(self.prompt_ids) + self.max_new_tokens
 
     @property
     def length(self) -> int:
-        return len(self.prompt_ids) + len(self.output_ids)
+        return self.statement_length + len(self.prompt_ids) + len(self.output_ids)
+
+    def choose_route(self, model: LoadedModel) -> None:
+        """Route the prompt by the version in place, before its first token. Raise InvalidInput if the prompt does not
+        fit the model's positions together with the statement that is read with it."""
+        self.route = model.routing.route(self.prompt_ids)
+        if self.route is None:
+            return
+        left = model.max_positions - self.statement_length - len(self.prompt_ids)
+        if left < min(1, self.max_new_tokens):
+            raise InvalidInput(
+                f"the prompt has {len(self.prompt_ids)} tokens, the statement of {self.route.edit}, which is read with it, "
+                f"has {self.statement_length}, and the model has {model.max_positions} positions: shorten the prompt by "
+                f"{min(1, self.max_new_tokens) - left} tokens.",
+                "prompt",
+            )
+        self.max_new_tokens = min(self.max_new_tokens, left)
 
     @property
     def text(self) -> str:
@@ -116,8 +146,8 @@ class DecodingSequence:
 def new_sequence(
     model: LoadedModel, prompt: str | Sequence[int], sampling_params: Sampling, choice: int = 0
 ) -> DecodingSequence:
-    """Return a sequence for a prompt. Raises InvalidInput when the prompt does not fit the model's positions or
-    vocabulary."""
+    """Return a sequence for a prompt, routed by the version in place. Raises InvalidInput when the prompt does not fit
+    the model's positions or vocabulary."""
     ids = model.encode(prompt)[0] if isinstance(prompt, str) else list(prompt)
     max_new_tokens = min(sampling_params.max_new_tokens, model.max_positions - len(ids))
     if not ids or max_new_tokens < min(1, sampling_params.max_new_tokens):
@@ -134,6 +164,7 @@ def new_sequence(
     sequence = DecodingSequence(ids, sampling_params, max_new_tokens, detokenizer, uniforms)
     if isinstance(prompt, RenderedText) and model.chat_format is not None:
         sequence.end_ids = frozenset(model.chat_format.end_token_ids)
+    sequence.choose_route(model)
     return sequence
 
 
@@ -380,7 +411,7 @@ class DecodingBatch:
         prompt = sampler.to_device_async(
             sequence.logprob_recorder.unmeasured_prompt, torch.long, self.model.device
         )
-        begin = len(logits) - sequence.length
+        begin = len(logits) - sequence.length + sequence.statement_length
         prompt_logits = logits[begin : begin + len(prompt) - 1]
         sequence.logprob_recorder.record_prompt(
             measure_logprobs(prompt_logits, prompt[1:], sequence.logprob_recorder.top)

@@ -35,17 +35,22 @@ from service.models.loading import LoadedModel, WeightRef
 from service.patches.codebook_patch import CodebookPatch
 from service.patches.gated_patch import GatedPatch
 from service.patches.patch import BASE, DensePatch, PatchSet, apply_to_batch
+from service.patches.record_patch import RecordPatch
+from service.records.record_router import RecordRouter
 from service.weights.capacity import average_capacities_in_steps
 from service.weights.composition import apply_delta_in_steps, compose_in_steps
 from service.weights.factors import (
     Association,
     CodebookEntry,
     EditUpdate,
+    SharedFactors,
+    StatementRecord,
+    deserialize_shared,
     deserialize_updates,
     gate_of,
     weight_updates,
 )
-from service.weights.gate_space import GateSpace, deserialize_gate_space
+from service.weights.gate_space import GateSpace
 
 T = TypeVar("T")
 LedgerEdit = tuple[str, dict[str, Any]]  # the id of an edit, and the body of its entry
@@ -138,7 +143,7 @@ class VersionedModel:
         )
         self._patches: OrderedDict[int, PatchSet] = OrderedDict()
         self._active: dict[int, _ActiveEdits] = {}  # of cached versions
-        self._spaces: dict[str, GateSpace] = {}
+        self._shared_factors: dict[str, SharedFactors] = {}
         self._tables: dict[Place, GateTable] = {}
         self._last_dense = _ComposedWeights()
         self._dense_hashes: WeakKeyDictionary[DensePatch, hashlib._Hash] = WeakKeyDictionary()
@@ -175,7 +180,7 @@ class VersionedModel:
             factors = self.ledger.factors_of(batch)
             for edit in batch:
                 subject = normalize_whitespace(str(missing[edit]["subject"]))
-                updates[edit] = deserialize_updates(factors[edit], edit, subject, self.find_gate_space)
+                updates[edit] = deserialize_updates(factors[edit], edit, subject, self.find_shared)
                 self._cache_updates(edit, updates[edit])
             yield Progress(Phase.COMPOSE, start + len(batch), len(missing))
         return {edit: updates[edit] for edit, _ in edits}
@@ -196,12 +201,14 @@ class VersionedModel:
 
     def compose_patch_in_steps(self, updates: Iterable[EditUpdate]) -> Stepper[PatchSet]:
         """Return the patches for a set of updates: the edited weights, computed from the base bytes, the rows of gated
-        associations, and codebooks."""
+        associations, codebooks, and statement records."""
         updates = list(updates)
         dense = yield from self._compose_weights(list(weight_updates(updates)))
         gated = yield from self._gated_patches(updates)
         codebooks = yield from self._codebook_patches(updates)
-        return PatchSet(dense, tuple(gated), tuple(codebooks))
+        records = [u for u in updates if isinstance(u, StatementRecord)]
+        routed = RecordPatch(RecordRouter(self.base, records)) if records else None
+        return PatchSet(dense, tuple(gated), tuple(codebooks), routed)
 
     def _compose_weights(self, updates: Sequence[EditUpdate]) -> Stepper[DensePatch | None]:
         """Return the edited weights of updates without gates; those that were composed last, if the updates are the
@@ -254,14 +261,14 @@ class VersionedModel:
             self._tables[place] = GateTable(space, self.base.weight(place[0]).device)
         return self._tables[place]
 
-    def find_gate_space(self, digest: str) -> GateSpace:
-        """Return the space of gates from the ledger, read once. Its digest is that of its content."""
-        if digest not in self._spaces:
-            space = deserialize_gate_space(self.ledger.gate_space(digest))
-            if space.digest != digest:
+    def find_shared(self, digest: str) -> SharedFactors:
+        """Return what factors name by a digest from the ledger, read once. The digest is that of its content."""
+        if digest not in self._shared_factors:
+            found = deserialize_shared(self.ledger.gate_space(digest))
+            if found.digest != digest:
                 raise DigestMismatch(f"the gate space {digest} was changed in the database.")
-            self._spaces[digest] = space
-        return self._spaces[digest]
+            self._shared_factors[digest] = found
+        return self._shared_factors[digest]
 
     def patch(self, version: int) -> PatchSet:
         """Run `patch_in_steps` to completion."""
@@ -390,8 +397,9 @@ class VersionedModel:
             self._active.pop(evicted, None)
 
     def _cached_bytes(self) -> int:
-        """Return the memory of the cached weights and codebooks, and of all gated rows, each counted once."""
+        """Return the memory of the cached weights, codebooks and records, and of all gated rows, each counted once."""
         shared = {id(s): s.nbytes for p in self._patches.values() for s in p.shared}
+        shared |= {id(r): r.nbytes for p in self._patches.values() if (r := p.records) is not None}
         return sum(shared.values()) + sum(table.nbytes for table in self._tables.values())
 
     def digest(self, version: int) -> str:

@@ -39,7 +39,7 @@ def find_group(evaluation: EvaluationContext, group_index: int, patch: PatchSet)
         data = stages.store.get(ArtifactKind.FACTORS.name_of(i))
         assert data is not None
         updates = deserialize_updates(
-            data, _edit_id(i), normalize_whitespace(records[i].subject), evaluation.editor.find_gate_space
+            data, _edit_id(i), normalize_whitespace(records[i].subject), evaluation.editor.find_shared
         )
         group.append(FoundEdit(updates, search))
     return group

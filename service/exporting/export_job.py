@@ -88,10 +88,11 @@ def build_manifest(replica: VersionedModel, version: int) -> ExportManifest:
 
 
 def _check_weights_hold(patch: PatchSet, solve_gated: bool) -> None:
-    """Raise InvalidInput if a version has edits by GRACE, or gated edits that are not to be solved into the weights."""
-    if patch.codebooks:
+    """Raise InvalidInput if a version has edits by GRACE or SERAC, or gated edits that are not to be solved into the
+    weights."""
+    if patch.codebooks or patch.records is not None:
         raise InvalidInput(
-            "edits by GRACE are looked up and are in no weight: export an edit set (--format edits), which holds them exactly, "
+            "edits by GRACE and SERAC are looked up and are in no weight: export an edit set (--format edits), which holds them exactly, "
             "or a version without them.",
             "version",
         )

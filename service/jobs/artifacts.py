@@ -45,13 +45,26 @@ def has_artifact(session: Session, job_id: str, name: str) -> bool:
     )
 
 
+def newest_classifier(session: Session, model: str, layer: int) -> bytes | None:
+    """Return the artifact of the newest training of a classifier for a layer of a model; None without one."""
+    kind = JOB_KINDS["training"]
+    ended = select(Job.id, Job.result).where(Job.model == model, Job.kind == kind.name, Job.status == "done")
+    for row in session.execute(ended.order_by(Job.ended.desc(), Job.id.desc()).limit(kind.max_kept)):
+        if row.result["plan"]["layer"] == layer:
+            return get_artifact(session, row.id, kind.result_artifact)
+    return None
+
+
 def delete_artifacts(session: Session, job: Job) -> None:
     """Delete the artifacts that a job which has just ended makes obsolete.
 
     A failed job keeps its artifacts, because a retry resumes from them. A finished job of a kind with `max_kept` keeps
-    its own and deletes those of the oldest finished jobs of its kind.
+    its own, or its `result_artifact` alone, and deletes those of the oldest finished jobs of its kind.
     """
     kind = JOB_KINDS[job.kind]
+    if kind.result_artifact and job.status == "done":
+        others = JobArtifact.name != kind.result_artifact
+        session.execute(delete(JobArtifact).where(JobArtifact.job_id == job.id, others))
     if kind.max_kept and job.status == "done":
         ended = select(Job.id).where(Job.model == job.model, Job.kind == job.kind, Job.status == "done")
         expired = session.scalars(ended.order_by(Job.ended.desc(), Job.id.desc()).offset(kind.max_kept)).all()

@@ -42,6 +42,7 @@ class JobKind:
     cancel_scope: str = "edit"  #: API key scope to cancel one
     has_artifacts: bool = False  #: whether its jobs store artifacts while they are open, or after they failed
     max_kept: int = 0  #: number of its newest finished jobs whose artifacts are kept
+    result_artifact: str = ""  #: the only artifact that a finished job keeps; "": all of them
 
     def request_class(self) -> Any:
         """Return the pydantic model of its requests."""
@@ -113,6 +114,20 @@ _JOBS = (
         time_weight=1.0,
         list_serializer="service.jobs.views:summarize_evaluations",
         has_artifacts=True,
+    ),
+    JobKind(
+        "training",
+        role="evaluate",
+        urgency=6,
+        id_prefix="training",
+        path="/trainings",
+        request_model="service.schemas:TrainingRequest",
+        service="service.application.trainings:TrainingService",
+        serializer="service.jobs.views:serialize_trainings",
+        time_weight=1.0,
+        has_artifacts=True,
+        max_kept=16,
+        result_artifact="classifier",
     ),
 )
 

@@ -228,6 +228,11 @@ class JobStore:
         ledger.append_entry(session, self.model, ledger.APPLY, row, row.actor, body)
         _finish_row(session, row, "applied", result)
 
+    def newest_classifier(self, model: str, layer: int) -> bytes | None:
+        """Return the artifact of the newest training of a classifier for a layer of a model; None without one."""
+        with self.database.read_session() as session:
+            return artifacts.newest_classifier(session, model, layer)
+
     def finish(self, job: ClaimedJob, status: str, result: dict[str, Any] | None = None) -> None:
         """Finish a job that does not change the ledger."""
         self._finish(job, status, result=result)

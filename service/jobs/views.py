@@ -167,6 +167,19 @@ def summarize_evaluations(_: Session, jobs: Sequence[Job]) -> list[ResourceDict]
     return [{**_common_fields(job), "request": job.request, "links": _job_links(job)} for job in jobs]
 
 
+def serialize_trainings(_: Session, jobs: Sequence[Job]) -> list[ResourceDict]:
+    """Return trainings; `result` has the figures of what was trained."""
+    return [
+        {
+            **_common_fields(job),
+            "request": job.request,
+            "result": to_json_value(job.result),
+            "links": _job_links(job),
+        }
+        for job in jobs
+    ]
+
+
 def serialize_exports(_: Session, jobs: Sequence[Job]) -> list[ResourceDict]:
     """Return exports; `result` describes the file."""
     return [

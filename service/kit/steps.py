@@ -28,6 +28,7 @@ class Phase(StrEnum):
     CORPUS = "corpus"
     CONTEXTS = "contexts"
     STATISTICS = "statistics"
+    COLLECT = "collect"
     FACTORIZE = "factorize"
     # edits
     ANSWER = "answer"

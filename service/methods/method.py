@@ -11,6 +11,7 @@ from service.methods.parameters import Parameters, RomeParameters
 ASSOCIATIONS = "service.editing.associations:find_associations"  #: closed-form methods share this search
 FINE_TUNING = "service.editing.fine_tuning:fine_tune_all"
 GRACE = "service.editing.codebook_entries:find_entries"
+SERAC = "service.editing.statement_records:find_records"
 
 
 class DirectionSolver(Protocol):
@@ -78,6 +79,7 @@ class EditMethod:
     keeps_codebook: bool = False  #: an edit is an entry of a codebook and changes no weight
     reads_gradients: bool = False  #: the search is given the statistics of gradients of its layers
     max_associations: int = 1  #: of one edit at one layer
+    keeps_records: bool = False  #: an edit is a statement that is read before prompts, and changes no weight
     fixed_hparams: dict[str, Any] = field(default_factory=dict)  #: override the recipe for "rome"
     default_depth: float | None = (
         None  #: the edited layer, as a fraction of all layers, when no recipe names one
@@ -107,6 +109,11 @@ class EditMethod:
     def statistics_layers(self, parameters: Parameters) -> tuple[int, ...]:
         """Return the layers whose statistics of keys the search for an edit is given."""
         return parameters.layers if self.searches_value or self.needs_covariance else ()
+
+    @property
+    def is_looked_up(self) -> bool:
+        """Whether its edits are in no weight."""
+        return self.keeps_codebook or self.keeps_records
 
     def describe(self) -> dict[str, Any]:
         """Return the entry of the method in GET /models."""

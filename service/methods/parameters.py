@@ -266,4 +266,42 @@ class NeuronParameters(BaseModel):
     required_margins: RequiredMargins = ()
 
 
-Parameters = RomeParameters | FineTuneParameters | GraceParameters | GradientParameters | NeuronParameters
+class SeracParameters(BaseModel):
+    """Hyperparameters of SERAC (Mitchell et al. 2022). Those of its classifier are chosen when it is trained."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    layers: tuple[int, ...] = Field(
+        min_length=1,
+        max_length=16,
+        description="the layer whose hidden states the classifier reads; one, from 0, for which a classifier is trained",
+    )
+    subject_gate: bool = Field(
+        True,
+        description="only prompts that contain the subject, or one of `aliases`, can be within the scope",
+    )
+    aliases: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field(
+        (), max_length=16, description="other names of the subject"
+    )
+    threshold: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="least similarity of a prompt within the scope; default: that of the classifier",
+    )
+    divider: Literal["\n", "\n\n", " "] = Field(
+        "\n", description="what stands between the statement and a prompt"
+    )
+    strengths: Strengths = (1.0,)
+    margin: Margin = 0.0
+    required_margins: RequiredMargins = ()
+
+
+Parameters = (
+    RomeParameters
+    | FineTuneParameters
+    | GraceParameters
+    | GradientParameters
+    | NeuronParameters
+    | SeracParameters
+)

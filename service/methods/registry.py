@@ -20,6 +20,7 @@ MODULES = (
     "grace",
     "ultraedit",
     "kn",
+    "serac",
 )
 
 #: name -> method

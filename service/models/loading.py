@@ -43,6 +43,7 @@ from service.models.checkpoint import (
 from service.models.fused_activations import use_fused_activations
 from service.models.placement import spread
 from service.models.position_limit import position_limit
+from service.models.prompt_routing import PromptRouting
 from service.models.token_text import TokenTextCache
 
 #: between the texts of GPT-2's training, and of many models' since
@@ -72,6 +73,7 @@ class LoadedModel:
         default=None, compare=False
     )  #: the GGUF file in that folder it was loaded from
     loaded_fingerprint: str = ""  #: the fingerprint before `with_bos`
+    routing: PromptRouting = field(default_factory=PromptRouting, compare=False, repr=False)
 
     @property
     def path(self) -> Path | None:

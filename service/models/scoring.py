@@ -44,10 +44,7 @@ def score_targets(
     An object that exceeds the model's positions is measured as far as it fits. Pairs with the same input tokens (one
     prompt with two objects of one token) share one forward pass.
     """
-    tokenized = [
-        tokenize_prompt_and_target(model, p, t, chosen)
-        for (p, t), chosen in zip(pairs, separators or [None] * len(pairs), strict=True)
-    ]
+    tokenized = yield from _tokenize_pairs(model, pairs, separators or [None] * len(pairs), phase)
     objects = [t[: max(1, model.max_positions - len(p))] for p, t in tokenized]
     pairs_by_text: dict[tuple[int, ...], list[int]] = defaultdict(list)  # input tokens -> indices of pairs
     for i, ((prompt, _), target) in enumerate(zip(tokenized, objects, strict=True)):
@@ -64,6 +61,22 @@ def score_targets(
                 result[i] = _score(row_logits[-len(objects[i]) :], objects[i])
         yield Progress(phase, min(start + SCORING_BATCH_SIZE, len(texts)), len(texts))
     return result
+
+
+def _tokenize_pairs(
+    model: LoadedModel,
+    pairs: Sequence[tuple[str, str]],
+    separators: Sequence[Separator | None],
+    phase: Phase,
+) -> Stepper[list[tuple[list[int], list[int]]]]:
+    """Return the token ids of prompts and objects. To route a prompt takes a pass of the lower layers: a step routes
+    as many prompts as it scores."""
+    tokenized: list[tuple[list[int], list[int]]] = []
+    for (prompt, target), chosen in zip(pairs, separators, strict=True):
+        tokenized.append(tokenize_prompt_and_target(model, prompt, target, chosen))
+        if model.routing.router is not None and len(tokenized) % SCORING_BATCH_SIZE == 0:
+            yield Progress(phase, 0, len(pairs))
+    return tokenized
 
 
 def _score(logits: Tensor, target: Sequence[int]) -> TargetScore:

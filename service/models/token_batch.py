@@ -60,11 +60,14 @@ def tokenize_prompt_and_target(
     model: LoadedModel, prompt: str, target: str, chosen: Separator | None = None
 ) -> tuple[list[int], list[int]]:
     """Token ids of the prompt and of the object after it, from one joint tokenisation, with the chosen separator or
-    the usual one."""
+    the usual one. A prompt that the version in place routes has its statement, unless both exceed the positions."""
     text = prompt + (separator(prompt, target) if chosen is None else chosen) + target
     ids, offsets = model.encode(text)
     start = token_span(offsets, (len(prompt), len(text)))[0]
-    return ids[:start], ids[start:]
+    route = model.routing.route(ids[:start])
+    if route is None or len(ids) + len(route.statement_ids) > model.max_positions:
+        return ids[:start], ids[start:]
+    return route.insert(ids[:start]), ids[start:]
 
 
 def pad(rows: Sequence[Sequence[int]], model: LoadedModel, side: str = "right") -> PaddedBatch:

@@ -15,6 +15,7 @@ from torch import Tensor
 from service.models.loading import LoadedModel, WeightRef
 from service.patches.codebook_patch import CodebookPatch
 from service.patches.gated_patch import GatedPatch, apply_to_sequences
+from service.patches.record_patch import RecordPatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ class DensePatch:
             yield model.parameter_name(ref), tensor
 
 
-Patch = DensePatch | GatedPatch | CodebookPatch
+Patch = DensePatch | GatedPatch | CodebookPatch | RecordPatch
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,17 @@ class PatchSet:
     dense: DensePatch | None = None
     gated: tuple[GatedPatch, ...] = ()
     codebooks: tuple[CodebookPatch, ...] = ()
+    records: RecordPatch | None = None
 
     @property
     def patches(self) -> tuple[Patch, ...]:
-        return (*([self.dense] if self.dense is not None else []), *self.gated, *self.codebooks)
+        dense, records = ([p] if p is not None else [] for p in (self.dense, self.records))
+        return (*dense, *self.gated, *self.codebooks, *records)
 
     @property
     def shared(self) -> tuple[DensePatch | CodebookPatch, ...]:
-        """The patches that act on every sequence of a batch: all but gated rows, of which each sequence has its own."""
+        """The patches that act on every sequence of a batch: all but gated rows, of which each sequence has its own,
+        and records, by which a sequence was routed before it joined a batch."""
         return (*([self.dense] if self.dense is not None else []), *self.codebooks)
 
     @property

@@ -12,7 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from service.errors import InvalidInput, Misconfigured
 from service.methods.method import EditMethod
-from service.methods.parameters import EditForm, GraceParameters, Parameters, RomeParameters
+from service.methods.parameters import (
+    EditForm,
+    GraceParameters,
+    Parameters,
+    RomeParameters,
+    SeracParameters,
+)
 from service.methods.registry import DEFAULT_METHOD, METHODS, get_method
 
 #: what the closed-form methods take from the recipe's values for "rome"
@@ -135,6 +141,8 @@ def resolve_hparams(
         raise InvalidInput(
             "hparams.layers: a codebook replaces the output of one layer; name one.", "hparams"
         )
+    if isinstance(resolved, SeracParameters) and len(resolved.layers) > 1:
+        raise InvalidInput("hparams.layers: the classifier reads one layer; name one.", "hparams")
     if isinstance(resolved, RomeParameters) and resolved.form == "gated":
         _check_can_be_gated(resolved, method)
     invalid_layers = [x for x in resolved.layers if not 0 <= x < layers]

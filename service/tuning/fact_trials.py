@@ -122,7 +122,7 @@ class FactTrials:
         data = self.search.store.get(_factors_name(hparams, number))
         assert data is not None
         subject = normalize_whitespace(self.search.records[number].subject)
-        return deserialize_updates(data, _edit_id(number), subject, self.search.editor.find_gate_space)
+        return deserialize_updates(data, _edit_id(number), subject, self.search.editor.find_shared)
 
 
 def mean_margin(rows: Sequence[JsonDict]) -> float:

@@ -3,10 +3,12 @@
 An edit consists of updates. An `Association` is one key and the change of value at it, at one layer. A `DenseUpdate`
 is the change of a whole weight. `service/weights/composition.py` combines them into the weights of a version. A
 `CodebookEntry` is looked up beside the weights (`service/codebooks/codebook.py`), and so is an association with a gate.
+A `StatementRecord` is a statement that is read before prompts within its scope (`service/records/record_router.py`).
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +21,9 @@ from service.methods.method import JOINT_RULE, SolveRule
 from service.methods.registry import SOLVE_RULES
 from service.models.loading import WeightRef
 from service.models.memory_estimates import COLUMN_BLOCK
-from service.weights.gate_space import GateSpace
+from service.weights.gate_space import GateSpace, deserialize_gate_space
+from service.weights.scope_classifier import PREFIX as SCOPE_PREFIX
+from service.weights.scope_classifier import ScopeClassifier, deserialize_scope_classifier
 
 DEFAULT_RIDGE = 1e-3  # eps of the mode "joint", as a multiple of the mean of D, when a recipe names none
 
@@ -158,8 +162,36 @@ class CodebookEntry:
         return replace(self, value=self.output + strength * (self.value - self.output))
 
 
+@dataclass(frozen=True)
+class StatementRecord:
+    """A record of SERAC: a statement that is read before the prompts within its scope (Mitchell et al. 2022)."""
+
+    edit: str
+    subject: str
+    classifier: ScopeClassifier
+    keys: Tensor = field(repr=False)  #: (m, k) in fp64: the embeddings of its texts
+    statement: str  #: what is read, with what stands between it and the prompt
+    names: tuple[str, ...]  #: of which a prompt must contain one; none: any prompt can be within its scope
+    threshold: float  #: the least similarity of a prompt within its scope
+
+    @property
+    def layer(self) -> int:
+        """The layer whose hidden states the classifier reads."""
+        return self.classifier.layer
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + len(self.statement.encode())
+
+    def scaled(self, strength: float) -> StatementRecord:
+        """Return the record: a statement has no strength."""
+        return self
+
+
 WeightUpdate = Association | DenseUpdate
-EditUpdate = WeightUpdate | CodebookEntry
+EditUpdate = WeightUpdate | CodebookEntry | StatementRecord
+#: what the factors of an edit name by a digest, because many edits have it in common
+SharedFactors = GateSpace | ScopeClassifier
 
 
 def weight_updates(updates: Iterable[EditUpdate]) -> Iterator[WeightUpdate]:
@@ -218,8 +250,8 @@ def serialize_updates(updates: Sequence[EditUpdate]) -> bytes:
 
     An association stores its key, direction and value, the rank-one factors of the association alone, its solve mode
     unless that is "joint", and its gate if it has one. Further ones of its layer have the same mode, and their number
-    after the layer in their names. A dense update stores the change of its weight, an entry of a
-    codebook all its parts. Tensors of numbers are fp32.
+    after the layer in their names. A dense update stores the change of its weight, an entry of a codebook and a
+    statement all their parts. Tensors of numbers are fp32; the keys of a statement are fp64.
     """
     tensors: dict[str, Tensor] = {}
     for update in updates:
@@ -230,6 +262,8 @@ def serialize_updates(updates: Sequence[EditUpdate]) -> bytes:
 def _update_tensors(update: EditUpdate) -> dict[str, Tensor]:
     if isinstance(update, Association):
         return _association_tensors(update)
+    if isinstance(update, StatementRecord):
+        return _record_tensors(update)
     return _dense_update_tensors(update) if isinstance(update, DenseUpdate) else _entry_tensors(update)
 
 
@@ -250,8 +284,7 @@ def _association_tensors(a: Association) -> dict[str, Tensor]:
         tensors[f"{prefix}.gate.keys"] = a.gate.keys.float()
         tensors[f"{prefix}.gate.blocked"] = a.gate.blocked.float()
         tensors[f"{prefix}.gate.threshold"] = torch.tensor([a.gate.threshold], dtype=torch.float32)
-        digest = bytearray.fromhex(a.gate.space.digest)
-        tensors[f"{prefix}.gate.space"] = torch.frombuffer(digest, dtype=torch.uint8)
+        tensors[f"{prefix}.gate.space"] = _digest_tensor(a.gate.space.digest)
     return tensors
 
 
@@ -260,22 +293,31 @@ def _association_prefix(layer: int, number: int) -> str:
     return f"layer.{layer}.{number}" if number else f"layer.{layer}"
 
 
-#: the digest of a gate space -> the space
-FindGateSpace = Callable[[str], GateSpace]
+def _digest_tensor(digest: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8)
 
 
-def no_gate_space(digest: str) -> GateSpace:
-    """Raise KeyError: for factors that have no gate."""
-    raise KeyError(f"the gate space {digest} is not at hand")
+def _read_digest(tensor: Tensor) -> str:
+    return bytes(tensor.tolist()).hex()
 
 
-def _read_gate(tensors: Mapping[str, Tensor], layer: int, find_space: FindGateSpace) -> Gate | None:
+#: a digest -> what it is the digest of
+FindShared = Callable[[str], SharedFactors]
+
+
+def none_shared(digest: str) -> SharedFactors:
+    """Raise KeyError: for factors that name nothing by a digest."""
+    raise KeyError(f"{digest} is not at hand")
+
+
+def _read_gate(tensors: Mapping[str, Tensor], layer: int, find_shared: FindShared) -> Gate | None:
     prefix = f"layer.{layer}.gate"
     if f"{prefix}.keys" not in tensors:
         return None
-    digest = bytes(tensors[f"{prefix}.space"].tolist()).hex()
+    space = find_shared(_read_digest(tensors[f"{prefix}.space"]))
+    assert isinstance(space, GateSpace)
     return Gate(
-        find_space(digest),
+        space,
         tensors[f"{prefix}.keys"],
         tensors[f"{prefix}.blocked"],
         float(tensors[f"{prefix}.threshold"]),
@@ -313,11 +355,56 @@ def _read_entry(tensors: Mapping[str, Tensor], layer: int, edit: str, subject: s
     )
 
 
+def _record_tensors(a: StatementRecord) -> dict[str, Tensor]:
+    text = json.dumps({"names": a.names, "statement": a.statement}, ensure_ascii=False, sort_keys=True)
+    parts = {
+        "classifier": _digest_tensor(a.classifier.digest),
+        "keys": a.keys.double(),
+        "text": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8),
+        "threshold": torch.tensor([a.threshold], dtype=torch.float64),
+    }
+    return {f"record.{a.layer}.{name}": tensor for name, tensor in parts.items()}
+
+
+def _read_record(
+    tensors: Mapping[str, Tensor], layer: int, edit: str, subject: str, find_shared: FindShared
+) -> StatementRecord:
+    prefix = f"record.{layer}"
+    classifier = find_shared(_read_digest(tensors[f"{prefix}.classifier"]))
+    assert isinstance(classifier, ScopeClassifier)
+    text = json.loads(bytes(tensors[f"{prefix}.text"].tolist()))
+    return StatementRecord(
+        edit,
+        subject,
+        classifier,
+        tensors[f"{prefix}.keys"],
+        text["statement"],
+        tuple(text["names"]),
+        float(tensors[f"{prefix}.threshold"]),
+    )
+
+
+def deserialize_shared(data: bytes) -> SharedFactors:
+    """Return what `GateSpace.serialize` or `ScopeClassifier.serialize` stored."""
+    names = load(data)
+    is_scope = all(name.startswith(f"{SCOPE_PREFIX}.") for name in names)
+    return deserialize_scope_classifier(data) if is_scope else deserialize_gate_space(data)
+
+
+def shared_factors(updates: Iterable[EditUpdate]) -> Iterator[SharedFactors]:
+    """Yield what updates name by a digest."""
+    for update in updates:
+        if isinstance(update, StatementRecord):
+            yield update.classifier
+        elif (gate := gate_of(update)) is not None:
+            yield gate.space
+
+
 def deserialize_updates(
-    data: bytes, edit: str, subject: str, find_space: FindGateSpace = no_gate_space
+    data: bytes, edit: str, subject: str, find_shared: FindShared = none_shared
 ) -> list[EditUpdate]:
-    """Return the updates of one edit from the bytes of `serialize_updates`. `find_space` returns the space of gates,
-    which are stored with its digest."""
+    """Return the updates of one edit from the bytes of `serialize_updates`. `find_shared` returns what they name by a
+    digest."""
     tensors = load(data)
     names = [name.split(".") for name in sorted(tensors)]
     modes = {
@@ -337,7 +424,7 @@ def deserialize_updates(
             x,
             *(tensors[f"{_association_prefix(x, number)}.{part}"] for part in ("key", "direction", "value")),
             modes.get(x, JOINT),
-            _read_gate(tensors, x, find_space) if number == 0 else None,
+            _read_gate(tensors, x, find_shared) if number == 0 else None,
             number,
         )
         for x, number in places
@@ -347,4 +434,7 @@ def deserialize_updates(
         DenseUpdate(edit, subject, s, tensors[f"weight.{s.layer}.{s.part}"]) for s in sorted(dense_weights)
     ]
     entry_layers = sorted({int(words[1]) for words in names if words[0] == "codebook"})
-    return associations + dense + [_read_entry(tensors, x, edit, subject) for x in entry_layers]
+    entries: list[EditUpdate] = [_read_entry(tensors, x, edit, subject) for x in entry_layers]
+    record_layers = sorted({int(words[1]) for words in names if words[0] == "record"})
+    records = [_read_record(tensors, x, edit, subject, find_shared) for x in record_layers]
+    return [*associations, *dense, *entries, *records]

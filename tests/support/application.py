@@ -190,6 +190,8 @@ class FakeWorker:
                 self.worker_parts.jobs.finish(job, "done", TRACE_RESULT)
             elif job.kind == "evaluation":
                 self.worker_parts.jobs.finish(job, "done", EVALUATION_RESULT)
+            elif job.kind == "training":
+                self.worker_parts.jobs.finish(job, "done", {"digest": "0" * 64, "plan": {"layer": 0}})
             elif job.kind == "export" and self.export_error is not None:
                 self.worker_parts.jobs.fail(job, self.export_error)
             elif job.kind == "export":

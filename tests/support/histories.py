@@ -18,16 +18,20 @@ import torch
 from safetensors.numpy import save
 
 from service.application.edit_filters import EditFilters
-from service.application.edit_set import FORMAT
+from service.application.edit_set import FORMAT, classifier_name
+from service.application.edit_set_records import record_text
 from service.editing.edit_job import run_edits
 from service.errors import PalimpsestError
 from service.kit.steps import run_to_completion
 from service.methods.registry import METHODS
 from service.models.loading import LoadedModel
+from service.records.record_router import RecordRouter
 from service.schemas import EditRequest
+from service.weights.scope_classifier import deserialize_scope_classifier
 from tests.support.application import EDIT_PROVENANCE
 from tests.support.hostile_factors import HostileFactors, Tensors
 from tests.support.reporters import CallbackReporter
+from tests.support.scopes import give_classifier, random_classifier
 from tests.support.stepped_service import OPEN, PROMPT, SteppedService
 from workers.model_info import model_info
 
@@ -51,6 +55,9 @@ class History:
         self.reverts = 0
         self.gated_versions = 0  #: versions with gated edits, by layer
         self.codebook_versions = 0  #: versions with codebooks, by layer
+        self.record_versions = 0  #: versions with statement records
+        for layer in (0, 1):
+            give_classifier(self.service.context, random_classifier(model.hidden_size, layer=layer))
         self.internal_errors: list[str] = []
 
     def close(self) -> None:
@@ -80,6 +87,11 @@ class History:
         request["hparams"] |= {name: 1 for name in ("steps", "contexts") if name in known}
         if request["method"] == "rome" and self.random.random() < 0.7:
             request["hparams"] |= {"form": "gated", "layers": [self.random.choice((0, 1))]}
+        if METHODS[request["method"]].keeps_records:
+            request["hparams"] = {
+                "layers": [self.random.choice((0, 1))],
+                "subject_gate": self.random.random() < 0.5,
+            }
         if METHODS[request["method"]].keeps_codebook:
             compat = self.random.choice((None, "hartvigsen2023"))
             request["hparams"] |= {"layers": [self.random.choice((0, 1))], "radius": 1.0, "compat": compat}
@@ -119,6 +131,15 @@ class History:
             for codebook_patch in self.service.replica.patch(version).codebooks:
                 self.codebook_versions += 1
                 assert all(torch.isfinite(t).all() for t in codebook_patch.codebook.tensors().values())
+            if (records := self.service.replica.patch(version).records) is not None:
+                self.record_versions += 1
+                self.check_routes(records.router)
+
+    def check_routes(self, router: RecordRouter) -> None:
+        """Fail unless every record has a similarity from 0 to 1 to the prompts of each subject."""
+        for subject in SUBJECTS:
+            ids = self.model.encode(PROMPT.format(subject))[0]
+            assert all(0 <= m.similarity <= 1 for m in router.matches(ids))
 
     def check_base_bytes(self) -> None:
         """Fail unless the head has the bytes of the base model."""
@@ -173,11 +194,18 @@ class History:
         for number in range(count):
             name = f"edit_{self.random.getrandbits(64):016x}_{number}"
             method = self.random.choice(METHOD_NAMES)
-            most = 1 if METHODS[method].keeps_codebook else 2
+            most = 1 if METHODS[method].is_looked_up else 2
             layers = self.random.choice(([0], [1], [0, 1][:most]))
-            blob = save(self._tensors(method, layers))
+            request = self._request()
+            if METHODS[method].keeps_records:
+                tensors, classifier = self._record(layers[0], request)
+                shared = deserialize_scope_classifier(classifier)
+                blobs[classifier_name(shared.digest)] = np.frombuffer(classifier, np.uint8)
+            else:
+                tensors = self._tensors(method, layers)
+            blob = save(tensors)
             blobs[name] = np.frombuffer(blob, np.uint8)
-            edits.append(self._exported_edit(name, method, layers, blob))
+            edits.append(self._exported_edit(name, method, layers, blob, request))
         edit_set = {
             "model": {"name": self.model.name, "fingerprint": self.model.fingerprint},
             "version": 1,
@@ -188,7 +216,18 @@ class History:
         digest = hashlib.sha256(text.encode()).hexdigest()
         return save(blobs, {"format": FORMAT, "set": text, "sha256": digest})
 
-    def _exported_edit(self, name: str, method: str, layers: list[int], blob: bytes) -> dict[str, Any]:
+    def _record(self, layer: int, request: dict[str, Any]) -> tuple[Tensors, bytes]:
+        """Return the tensors of a record of a request, and its classifier."""
+        classifier = save(self.hostile.classifier(layer))
+        digest = deserialize_scope_classifier(classifier).digest
+        validated = EditRequest.model_validate(request)
+        separator = EDIT_PROVENANCE.get("resolved_separator")
+        text = record_text(validated, request["target_new"], separator, {"layers": [layer]})
+        return self.hostile.record(layer, digest, text), classifier
+
+    def _exported_edit(
+        self, name: str, method: str, layers: list[int], blob: bytes, request: dict[str, Any]
+    ) -> dict[str, Any]:
         origin = {"ledger": "", "edit": name, "version": 1, "actor": "", "at": "", "entry": ""}
         provenance = EDIT_PROVENANCE | {
             "method": method,
@@ -197,7 +236,7 @@ class History:
         }
         return {
             "origin": origin,
-            "request": self._request(),
+            "request": request,
             "provenance": provenance,
             "factors_sha256": hashlib.sha256(blob).hexdigest(),
         }

@@ -13,6 +13,7 @@ JSON_PATHS = (
     "/versions/release-1",
     "/trace",
     "/evaluations",
+    "/trainings",
     "/generate",
     "/compare",
     "/exports",

@@ -8,7 +8,7 @@ from random import Random
 import numpy as np
 from safetensors.numpy import save
 
-from service.application.edit_set import MAX_MAGNITUDE
+from service.application.tensor_checks import MAX_MAGNITUDE
 from service.methods.registry import SOLVE_RULES
 from service.weights.factors import EditUpdate, deserialize_updates
 
@@ -79,6 +79,26 @@ class HostileFactors:
             }
             tensors |= {f"codebook.{layer}.{name}": tensor for name, tensor in parts.items()}
         return tensors
+
+    def classifier(self, layer: int, dimensions: int = 3) -> Tensors:
+        """Return the tensors of a scope classifier."""
+        scale = self._random.choice([s for s in SIZES if s > 0])
+        thresholds = [self._random.choice((0.0, 0.5, 1.0)) for _ in range(2)]
+        return {
+            f"scope.{layer}.center": self._vector(self._width),
+            f"scope.{layer}.projection": self._new(dimensions * self._width).reshape(dimensions, -1),
+            f"scope.{layer}.numbers": np.array([scale, *thresholds]),
+        }
+
+    def record(self, layer: int, classifier: str, text: bytes, dimensions: int = 3) -> Tensors:
+        """Return the tensors of a statement record, whose classifier has this digest."""
+        parts: Tensors = {
+            "classifier": np.frombuffer(bytes.fromhex(classifier), np.uint8),
+            "keys": self._new(2 * dimensions).reshape(2, -1).astype(np.float64),
+            "text": np.frombuffer(text, np.uint8),
+            "threshold": np.array([self._random.choice((0.0, 0.5, 1.0))]),
+        }
+        return {f"record.{layer}.{name}": tensor for name, tensor in parts.items()}
 
     def _vector(self, n: int) -> Array:
         earlier = self._earlier[n]

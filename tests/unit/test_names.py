@@ -64,6 +64,7 @@ ALLOWED_DUPLICATES = {
     "RevertResult": CLIENT_RECORD,
     "TableLine": CLIENT_RECORD,
     "Trace": CLIENT_RECORD,
+    "Training": CLIENT_RECORD,
     "Verification": CLIENT_RECORD,
     "Entry": CLIENT_RECORD,
     "Progress": CLIENT_RECORD,

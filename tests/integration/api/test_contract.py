@@ -23,6 +23,7 @@ from starlette.testclient import TestClient
 
 from tests.support import wirings
 from tests.support.application import FAILING_OBJECT, PROMPT, TOWER, TestApp
+from tests.support.scopes import TRAINING_RECORDS
 
 CHECKS = [
     not_a_server_error,
@@ -36,11 +37,13 @@ CHECKS = [
 BOUNDED = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 TRACE = {"prompt": PROMPT, "subject": "Eiffel Tower"}
 EVALUATION = {"records": [TOWER]}
+TRAINING = {"records": TRAINING_RECORDS}
 #: requests that create a resource: an edit that is applied, one that fails, ...
 BODIES_BY_OPERATION: dict[str, list[dict[str, Any]]] = {
     "POST /edits": [TOWER, TOWER | {"target_new": FAILING_OBJECT}],
     "POST /trace": [TRACE],
     "POST /evaluations": [EVALUATION],
+    "POST /trainings": [TRAINING],
     "POST /exports": [{"format": "edits"}],
 }
 
@@ -66,7 +69,8 @@ OPERATIONS = [
     "GET /edits/{id}/events", "GET /edits/export", "POST /edits/revert", "POST /edits/preview", "GET /versions",
     "GET /versions/{name}", "PUT /versions/{name}", "DELETE /versions/{name}", "GET /ledger/diff", "POST /trace", "GET /trace", "GET /trace/{id}", "DELETE /trace/{id}",
     "GET /trace/{id}/events", "POST /evaluations", "GET /evaluations", "GET /evaluations/{id}",
-    "DELETE /evaluations/{id}", "GET /evaluations/{id}/events", "POST /generate", "POST /compare", "GET /ledger", "GET /ledger/verify",
+    "DELETE /evaluations/{id}", "GET /evaluations/{id}/events",
+    "POST /trainings", "GET /trainings", "GET /trainings/{id}", "DELETE /trainings/{id}", "GET /trainings/{id}/events", "POST /generate", "POST /compare", "GET /ledger", "GET /ledger/verify",
     "GET /models", "GET /healthz", "GET /readyz", "GET /metrics", "GET /jobs", "POST /jobs/{id}/retry", "POST /exports", "GET /exports", "GET /exports/{id}",
     "DELETE /exports/{id}", "GET /exports/{id}/events", "GET /exports/{id}/file", "POST /import",
     "POST /v1/completions", "POST /v1/chat/completions", "GET /v1/models", "GET /v1/models/{id}",
@@ -117,6 +121,7 @@ def test_answers_about_what_exists_are_as_documented(running_app: TestApp, name:
         "edits": ("/edits", TOWER),
         "trace": ("/trace", TRACE),
         "evaluations": ("/evaluations", EVALUATION),
+        "trainings": ("/trainings", TRAINING),
         "exports": ("/exports", {"format": "peft"}),
         "jobs": ("/edits", TOWER | {"target_new": FAILING_OBJECT}),
     }[path.split("/")[1]]

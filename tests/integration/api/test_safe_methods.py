@@ -13,6 +13,7 @@ from service.db.database import Database
 from service.db.models import Base
 from tests.support import wirings
 from tests.support.application import PROMPT, TOWER, TestApp
+from tests.support.scopes import TRAINING_RECORDS
 
 KEY = "sesame-sesame-sesame"
 #: requests that create a job of each kind, by the path of the kind
@@ -20,6 +21,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/edits": TOWER,
     "/trace": {"prompt": PROMPT, "subject": "Eiffel Tower"},
     "/evaluations": {"records": [TOWER]},
+    "/trainings": {"records": TRAINING_RECORDS},
     "/exports": {"format": "peft"},
 }
 

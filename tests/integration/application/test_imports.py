@@ -527,7 +527,7 @@ def orthogonal_direction(tensors: Tensors) -> None:
 HOSTILE_GATED_FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a space changed": (lambda d: d[:-1] + bytes([d[-1] ^ 1]), "digest of the gate space"),
     "a space missing": (lambda d: with_spaces(d, {}), "which the file lacks"),
-    "a space more": (with_another_space(SPACE + "{}"), "no gate names"),
+    "a space more": (with_another_space(SPACE + "{}"), "no edit names"),
     "a space with another digest": (with_another_space(SPACE + "0" * 64), "digest of the gate space"),
     "a space without a digest": (with_another_space(SPACE + "x"), "do not match"),
     "a space of another width": (with_sketch((256, 41)), r"must be F32 \[256, 40\]"),
@@ -615,8 +615,8 @@ def test_valid_forged_gate_is_accepted(
     data = change(gated_file)
     info = model_info(tiny(), empty_service.context)
     (imported,) = read_edit_set(data, tiny().fingerprint, info, max_edit_size=1_000_000)
-    (digest,) = imported.gate_spaces
-    assert imported.read_gate_space(digest) == read_safetensors(data, "it").read(SPACE + digest)
+    (digest,) = imported.shared
+    assert imported.read_shared(digest) == read_safetensors(data, "it").read(SPACE + digest)
 
 
 # edits with several associations at a layer

@@ -43,6 +43,8 @@ EXPECTED_SCOPES = {
     "DELETE /trace/{id}": "edit",
     "POST /evaluations": "edit",
     "DELETE /evaluations/{id}": "edit",
+    "POST /trainings": "edit",
+    "DELETE /trainings/{id}": "edit",
     "POST /generate": "read",
     "POST /compare": "read",
     "POST /v1/completions": "read",
