@@ -5,7 +5,7 @@ from __future__ import annotations
 from service.datasets.record import Record
 from service.editing.associations import forward_activations
 from service.editing.context import EditorContext
-from service.editing.edit_spec import build_edit_spec
+from service.editing.edit_spec import ValueEditSpec, build_edit_spec
 from service.kit.steps import run_to_completion
 from service.kit.text import fill_prompt
 from service.methods.parameters import RomeParameters
@@ -23,6 +23,7 @@ def build_gate(
     contexts = run_to_completion(context.get_contexts(parameters.contexts, parameters.seed))
     statement = fill_prompt(record.prompt, record.subject)
     spec = build_edit_spec(model, contexts, statement, record.target_new, parameters)
+    assert isinstance(spec, ValueEditSpec)
     texts = [t.through_subject() for t in spec.tokenized.prompts]
     (layer,) = parameters.layers
     keys = forward_activations(model, texts, [layer], (), None).keys[layer]

@@ -144,8 +144,8 @@ def load_or_collect_gradient_statistics(
 
 def _load(path: Path, layer: int) -> GradientStatistics:
     with safe_open(path, "pt") as file:
-        parts = (file.get_tensor(part) for part in _PARTS)
-        return GradientStatistics(layer, *parts, int(file.metadata()["count"]))
+        parts = {part: file.get_tensor(part) for part in _PARTS}
+        return GradientStatistics(layer, count=int(file.metadata()["count"]), **parts)
 
 
 def _cache_key(model: LoadedModel, layer: int, corpus: Corpus) -> str:

@@ -68,9 +68,8 @@ def find_gradient_edit(
         updates += _associations(spec, layer, statistics.get(layer), found.keys[layer], values)
         changes.append(values.norm())
         outputs.append(found.outputs[layer].double().norm().cpu())
-    return EditFactors(
-        updates, found.losses, *(float(torch.stack(norms).norm()) for norms in (changes, outputs))
-    )
+    delta_norm, value_norm = (float(torch.stack(norms).norm()) for norms in (changes, outputs))
+    return EditFactors(updates, found.losses, delta_norm, value_norm)
 
 
 def value_changes(

@@ -96,9 +96,10 @@ def written_columns(model: LoadedModel, layer: int, numbers: Sequence[int]) -> T
 
 def written_change(model: LoadedModel, old: int, new: int, old_weight: float, new_weight: float) -> Tensor:
     """Return new_weight e(n) - old_weight e(o), (d,), with embeddings of norm 1."""
-    table = model.embedding.weight.detach()  # type: ignore[union-attr, operator]
+    table: Tensor = model.embedding.weight.detach()  # type: ignore[operator]
     e_old, e_new = (at_least_fp32(table[token]).double().cpu() for token in (old, new))
-    return (new_weight * e_new / e_new.norm() - old_weight * e_old / e_old.norm()).float()
+    change: Tensor = new_weight * e_new / e_new.norm() - old_weight * e_old / e_old.norm()
+    return change.float()
 
 
 def erasing_products(model: LoadedModel, layer: int, numbers: Sequence[int]) -> list[tuple[Tensor, Tensor]]:

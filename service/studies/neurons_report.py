@@ -80,7 +80,7 @@ def _switch_bars(study: Study) -> FigureBuilder:
     switches = study["switches"]
     for i, (of, label) in enumerate((("own", "the fact itself"), ("other", "another fact"))):
         rows = [switches[s][of] for s in switches]
-        means = {"mean": [r["mean"] for r in rows]} | {
+        means: dict[str, Any] = {"mean": [r["mean"] for r in rows]} | {
             end: None if rows[0][end] is None else [r[end] for r in rows] for end in ("low", "high")
         }
         axes.bar(

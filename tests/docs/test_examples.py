@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,7 +140,7 @@ def test_audit_report_lists_every_entry(run: Run, url: str, tmp_path: Path, name
     assert "apply" in applied and "Oslo" in applied and "(as without it)" in reverted
 
 
-def run_cell(source: str, namespace: dict[str, object]) -> object:
+def run_cell(source: str, namespace: dict[str, object]) -> Any:
     """Run the code of a cell, and return the value of its last line if that is an expression."""
     *body, last = ast.parse(source).body
     if not isinstance(last, ast.Expr):

@@ -146,8 +146,8 @@ def test_searched_texts_of_revision_11(empty: Any) -> None:
         for number in range(60):
             values = {"id": f"edit_{number}", "kind": "edit", "request": json.dumps(request)}
             connection.execute(text(insert_job), values | {"result": json.dumps(result) if number else None})
-        values = {"id": "trace_1", "kind": "trace", "request": json.dumps(request), "result": None}
-        connection.execute(text(insert_job), values)
+        values = {"id": "trace_1", "kind": "trace", "request": json.dumps(request)}
+        connection.execute(text(insert_job), values | {"result": None})
     empty.migrate()
     with empty.read_session() as session:
         texts = {row.id: row.search_text for row in session.execute(select(Job.id, Job.search_text))}

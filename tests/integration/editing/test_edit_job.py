@@ -25,7 +25,7 @@ from service.editing import edit_job, edit_report, guard, measure
 from service.editing.candidate import CandidateEdit, VersionMeasurement
 from service.editing.context import EditorContext
 from service.editing.edit_job import group_compatible_jobs, run_edits
-from service.editing.edit_spec import build_edit_spec
+from service.editing.edit_spec import ValueEditSpec, build_edit_spec
 from service.editing.find_factors import find_batch_factors, find_factors
 from service.editing.greedy_text import GreedyText, generate_greedy
 from service.editing.guard import Check, CheckName, GuardResult
@@ -567,6 +567,7 @@ def test_one_separator_from_the_search_to_the_ledger(harness: EditingHarness, se
     spec = run_to_completion(
         edit_job.build_admitted_spec(harness.replica, harness.context, resolved_edit, "x")
     )
+    assert isinstance(spec, ValueEditSpec)
     assert harness.model.decode(spec.tokenized.targets[0]) == body["resolved_separator"] + "45"
     assert resolved_edit.paraphrase_probes[0].separator == " "
     if separator is not None:

@@ -466,7 +466,8 @@ def test_several_edits_are_reverted_together(test_app: TestApp, client: TestClie
     assert done == {"version": 3, "reverted": ids[:1], "cancelled": [], "unchanged": []}
     done = client.post("/edits/revert", json={"batch": "wrong"}).json()
     assert (done["version"], done["reverted"], done["unchanged"]) == (4, ids[1:], ids[:1])
-    for body in ({}, {"edits": ids, "batch": "wrong"}, {"edits": []}):
+    bodies: list[dict[str, Any]] = [{}, {"edits": ids, "batch": "wrong"}, {"edits": []}]
+    for body in bodies:
         assert client.post("/edits/revert", json=body).status_code == 422
     assert client.post("/edits/revert", json={"edits": ["edit_unknown"]}).status_code == 404
 

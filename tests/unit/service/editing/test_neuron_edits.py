@@ -170,7 +170,7 @@ def test_a_written_fact_changes_what_its_neurons_write(model_type: str) -> None:
     with torch.no_grad():
         own = int(model.model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax())
     new = tokens(model, STATEMENT.text + " Rome")[len(prompt)]
-    table: torch.Tensor = model.embedding.weight.data.double()  # type: ignore[operator, union-attr, assignment]
+    table: torch.Tensor = model.embedding.weight.data.double()  # type: ignore[assignment]
     assert updates
     for layer, weight in edited(model, updates).items():
         base = base_weight(model, layer)

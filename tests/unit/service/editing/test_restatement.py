@@ -11,7 +11,7 @@ import torch
 
 from service.covariance.collect import collect_statistics
 from service.covariance.corpus import Corpus
-from service.editing.edit_spec import build_edit_spec
+from service.editing.edit_spec import ValueEditSpec, build_edit_spec
 from service.editing.find_factors import find_batch_factors
 from service.editing.restatement import (
     QUESTION,
@@ -225,6 +225,7 @@ def test_the_key_is_the_mean_of_the_prompts_and_the_restatement() -> None:
     spec = build_edit_spec(model, CONTEXTS, STATEMENT, "Rome", p)
     moment = collect_statistics(model, [1], Corpus("text", ("The tower is in Rome.", "Japan is old.")))
     (factors,) = run_to_completion(find_batch_factors(model, run_to_completion(moment), [spec]))
+    assert isinstance(spec, ValueEditSpec)
     tokenized = spec.tokenized
 
     def key(ids: list[int]) -> torch.Tensor:
