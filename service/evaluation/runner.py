@@ -86,8 +86,8 @@ def run_evaluation(
 def select_other_facts(
     replica: VersionedModel, plan: EvaluationPlan, edited: Sequence[Record], records: Sequence[Record]
 ) -> list[Record]:
-    """Return the facts on which a plan measures recall, by default of the model's table: about subjects that are not edited, each once, at equal
-    distances. Raise InvalidInput if the plan measures it and there are none."""
+    """Return the facts on which a plan measures recall, by default those of the model's table: about subjects that are
+    not edited, each once, at equal distances. Raise InvalidInput if the plan measures it and there are none."""
     if not plan.recall_facts:
         return []
     table = find_facts_file(replica.base.path)

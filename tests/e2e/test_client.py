@@ -61,8 +61,8 @@ def test_edit_generate_compare_and_revert(client: Any) -> None:
 
 
 def test_an_assistant_edits_and_reverts(url: str) -> None:
-    """`palimpsest mcp`, called over stdin and stdout by the client of the protocol's package: an edit is tried, applied,
-    heard and reverted, and a fact is traced."""
+    """`palimpsest mcp`, called over stdin and stdout by the client of the protocol's package: an edit is tried,
+    applied, heard and reverted, and a fact is traced."""
 
     async def run() -> None:
         command = mcp.StdioServerParameters(
