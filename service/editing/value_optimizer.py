@@ -150,8 +150,8 @@ class ValueOptimizer:
         return (joint.exp() * weight).mean()
 
     def record_loss(self, loss: float) -> None:
-        """Record the loss of a step. The search is finished when the loss is low enough, the lead is large enough, or the
-        last step is done."""
+        """Record the loss of a step. The search is finished when the loss is low enough, the lead is large enough, or
+        the last step is done."""
         parameters = self.spec.parameters
         self.losses.append(loss)
         leads = (

@@ -69,7 +69,7 @@ OPERATIONS = [
     "GET /edits/{id}/events", "GET /edits/export", "POST /edits/revert", "POST /edits/preview", "GET /versions",
     "GET /versions/{name}", "PUT /versions/{name}", "DELETE /versions/{name}", "GET /ledger/diff", "POST /trace", "GET /trace", "GET /trace/{id}", "DELETE /trace/{id}",
     "GET /trace/{id}/events", "POST /evaluations", "GET /evaluations", "GET /evaluations/{id}",
-    "DELETE /evaluations/{id}", "GET /evaluations/{id}/events",
+    "DELETE /evaluations/{id}", "GET /evaluations/{id}/events", "GET /evaluations/report",
     "POST /trainings", "GET /trainings", "GET /trainings/{id}", "DELETE /trainings/{id}", "GET /trainings/{id}/events", "POST /generate", "POST /compare", "GET /ledger", "GET /ledger/verify",
     "GET /models", "GET /healthz", "GET /readyz", "GET /metrics", "GET /jobs", "POST /jobs/{id}/retry", "POST /exports", "GET /exports", "GET /exports/{id}",
     "DELETE /exports/{id}", "GET /exports/{id}/events", "GET /exports/{id}/file", "POST /import",
