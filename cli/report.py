@@ -8,8 +8,8 @@ from typing import Any
 
 from cli.client import add_connection_flags, run_with_client
 from cli.evaluate import load_result
-from cli.flags import add_command
-from cli.terminal import err, format_list, out, strip_control_chars
+from cli.flags import add_command, add_json_flag
+from cli.terminal import err, format_list, out, print_json, strip_control_chars
 from palimpsest import Client
 from service.errors import InvalidInput
 
@@ -35,18 +35,29 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--out", metavar="FILE", default="report.html", help="the page (default: report.html)"
     )
     parser.add_argument("--csv", metavar="FILE", help="also write every measure as CSV")
+    add_json_flag(parser)
     add_connection_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Read the results, print the table, and write the files."""
-    from service.evaluation import leaderboard, report
+    from service.evaluation import leaderboard
 
     results = read_results(args)
     columns, rows = leaderboard.leaderboard(results)
+    if args.json:
+        print_json([dict(zip(columns, row, strict=True)) for row in rows])
+        return write_files(args, results)
     shown = [[cell if not isinstance(cell, float) else f"{cell:.3f}" for cell in row] for row in rows]
     transposed = list(zip(columns[1:], *[row[1:] for row in shown], strict=True))
     out.print(format_list(("measure", *(strip_control_chars(str(row[0])) for row in shown)), transposed))
+    return write_files(args, results)
+
+
+def write_files(args: argparse.Namespace, results: list[dict[str, Any]]) -> int:
+    """Write the page, and the CSV if it is wanted."""
+    from service.evaluation import leaderboard, report
+
     write(Path(args.out), report.page(results))
     if args.csv:
         write(Path(args.csv), leaderboard.csv_of(results))

@@ -103,18 +103,18 @@ def fact_record(subject: str, prompt: str) -> dict[str, Any]:
 
 
 def largest_records(size: int, count: int = 2000) -> bytes:
-    """Return a valid evaluation of `count` records, whose texts fill `size` bytes."""
+    """Return a valid evaluation or training of `count` records about as many subjects, whose texts fill `size`
+    bytes."""
     texts = (size // count - 200) // 8
     words = ("the word, " * (texts // 10 + 1))[: texts - 12]
     record = {
-        "subject": "Tower",
         "prompt": "{} is in",
         "target_new": "Rome",
         "target_true": "Paris",
         "paraphrases": [f"{words} {{}}"] * 6,
         "neighborhood": [{"prompt": words, "target": "Paris"}],
     }
-    return encode({"records": [record] * count})
+    return encode({"records": [record | {"subject": f"Tower {number}"} for number in range(count)]})
 
 
 def header_flood(tensors: int) -> bytes:

@@ -77,7 +77,7 @@ def test_a_second_run_resumes_and_results_are_compared(
     monkeypatch.undo()
     assert main(command_line(folder, "two", "--method", "r-rome", "--compare-with", str(folder / "one"))) == 0
     page = (folder / "two" / "report.html").read_text(encoding="utf-8")
-    assert page.count("<h2>") == 2 and "r-rome" in page
+    assert page.count("<h2>") == 3 and "r-rome" in page  # the comparison, and each result
     capsys.readouterr()
     assert main(command_line(folder, "one", "--limit", "1")) == 1
     assert "choose another folder" in capsys.readouterr().err

@@ -56,7 +56,9 @@ def parts(schema: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 #: free objects whose content is validated later: against the method, or as a record of a data set
-VALIDATED_LATER = {"EvaluationRequest.properties.records.anyOf.items"}
+VALIDATED_LATER = {
+    f"{request}.properties.records.anyOf.items" for request in ("EvaluationRequest", "TrainingRequest")
+}
 
 
 def test_every_part_of_a_request_has_a_maximum(test_app: TestApp) -> None:

@@ -19,6 +19,7 @@ COMMANDS_WITHOUT_JSON = {
     "serve": "runs until it is stopped",
     "api": "runs until it is stopped",
     "worker": "runs until it is stopped",
+    "mcp": "speaks a protocol of its own on stdout",
     "completion": "prints a script for a shell",
 }
 

@@ -178,6 +178,7 @@ def test_a_published_shape_needs_no_file(monkeypatch: pytest.MonkeyPatch) -> Non
     """A model of a published shape has the published recipe, whatever its name is."""
     monkeypatch.setattr(LoadedModel, "num_layers", 48)
     monkeypatch.setattr(LoadedModel, "hidden_size", 1600)
+    monkeypatch.setattr(LoadedModel, "intermediate_size", 6400)
     recipe = find_recipe(tiny())
     assert recipe is not None and recipe.rome.layers == (17,)
 
