@@ -51,6 +51,7 @@ from service.editing.restatement import name_prompt
 from service.engine.versioned_model import EmptyLedger, VersionedModel
 from service.evaluation.measuring import measure_damage, score_records
 from service.evaluation.strengths import choose_group_strengths, choose_strength_alone
+from service.evaluation.suites.chat import REQUESTS
 from service.kit.answer import answer_object
 from service.kit.artifact_store import DirectoryStore
 from service.kit.steps import run_to_completion
@@ -70,7 +71,6 @@ NEIGHBORS = 4  # of a record whose greedy answers are compared
 PARAPHRASES = 2
 OTHER_STATEMENTS = 200  # on which the loss is measured
 GROUP_SIZE = 10  # edits that become active together
-QUESTIONS = ("{}", "Finish the sentence: {}", "What comes next? {}")
 console = Console(width=180)
 
 
@@ -187,7 +187,7 @@ class PublicModelExperiment:
         chat = self.model.chat_format
         assert chat is not None
         paraphrases = record.paraphrases[:PARAPHRASES]
-        questions = [q.replace("{}", record.text) for q in QUESTIONS] + list(paraphrases)
+        questions = [q.replace("{}", record.text) for q in REQUESTS] + list(paraphrases)
         questions.append(f"Tell me about {record.subject}.")
         conversations = [chat.prompt_text([{"role": "user", "content": q}]) for q in questions]
         neighbors = [n.prompt for n in record.neighbours[:NEIGHBORS]]

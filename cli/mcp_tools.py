@@ -83,7 +83,7 @@ def reports_errors(tool: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]
 
 
 class Tools:
-    """The calls of a service. The docstring of each method is what an assistant is told about it."""
+    """The calls of a service. The docstring of each method is the description that an assistant reads."""
 
     def __init__(self, client: AsyncClient) -> None:
         self.client = client
@@ -260,10 +260,7 @@ def trace_summary(trace: Trace) -> str:
         f"p = {result['high']:.3f}, {result['low']:.3f} with noise on the subject.",
     ]
     for name, kind in result["kinds"].items():
-        score, token, layer = max(
-            (score, token, layer)
-            for token, row in enumerate(kind["scores"])
-            for layer, score in enumerate(row)
-        )
-        lines.append(f"strongest {name}: p = {score:.3f} at {result['tokens'][token]!r}, layer {layer}.")
+        best = kind["best"]
+        place = f"{result['tokens'][best['token']]!r}, layer {best['layer']}"
+        lines.append(f"strongest {name}: p = {best['score']:.3f} at {place}.")
     return "\n".join(lines)

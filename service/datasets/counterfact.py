@@ -21,22 +21,26 @@ from service.datasets.record import NeighborProbe, Record
 from service.schemas import Label, Name, Text
 
 
-class _Target(PublishedRow):
+class RewriteTarget(PublishedRow):
+    """An object. Its other fields are ignored."""
+
     text: Name = Field(alias="str")
 
 
-class _RequestedRewrite(PublishedRow):
+class RequestedRewrite(PublishedRow):
+    """An edit, as CounterFact and MQuAKE state it."""
+
     subject: Name
     prompt: Text
-    target_new: _Target
-    target_true: _Target
+    target_new: RewriteTarget
+    target_true: RewriteTarget
     relation_id: Label = ""
 
 
 class CounterFactRow(PublishedRow):
     """A row of CounterFact as published."""
 
-    requested_rewrite: _RequestedRewrite
+    requested_rewrite: RequestedRewrite
     paraphrase_prompts: Texts
     neighborhood_prompts: Texts
     attribute_prompts: Texts = Field(default_factory=list)

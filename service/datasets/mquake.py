@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from service.datasets.counterfact import RequestedRewrite
 from service.datasets.parsing import (
     MAX_TEXTS,
     PublishedRow,
@@ -17,20 +18,11 @@ from service.datasets.parsing import (
     validate_row,
 )
 from service.datasets.record import PortabilityProbe, Record
-from service.schemas import Label, Name, Text
+from service.schemas import Name, Text
 
 
-class _Target(PublishedRow):
-    text: Name = Field(alias="str")
-
-
-class _Rewrite(PublishedRow):
-    subject: Name
-    prompt: Text
+class _Rewrite(RequestedRewrite):
     question: Text | None = None
-    target_new: _Target
-    target_true: _Target
-    relation_id: Label = ""
 
 
 class MquakeRow(PublishedRow):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import takewhile
 from typing import Annotated, Any
 
@@ -74,10 +75,12 @@ class RippleEditsRow(PublishedRow):
     specificity: Tests = Field(default_factory=list, alias="Relation_Specificity")
     forgetfulness: Tests = Field(default_factory=list, alias="Forgetfulness")
 
-    def tests(self) -> dict[str, Tests]:
-        """Return the tests by axis."""
+    def queries(self) -> Iterator[tuple[PortabilityKind, _Query]]:
+        """Yield the queries of all tests with the kind of their probes."""
         names = ("logical", "composition_1", "composition_2", "aliasing", "specificity", "forgetfulness")
-        return dict(zip(AXES, (getattr(self, name) for name in names), strict=True))
+        for kind, name in zip(AXES.values(), names, strict=True):
+            for test in getattr(self, name):
+                yield from ((kind, query) for query in test.test_queries)
 
 
 def parse_ripple_edits(row: Any, place: int) -> Record:
@@ -95,11 +98,7 @@ def parse_ripple_edits(row: Any, place: int) -> Record:
     if not subject:
         raise SkipRecord(SkipReason.UNKNOWN_SUBJECT)
     probes = tuple(
-        PortabilityProbe(AXES[axis], (q.prompt,), tuple(_names(q)))
-        for axis, tests in fields.tests().items()
-        for test in tests
-        for q in test.test_queries
-        if q.answers
+        PortabilityProbe(kind, (q.prompt,), tuple(_names(q))) for kind, q in fields.queries() if q.answers
     )
     return validate_record(
         Record(
@@ -142,10 +141,7 @@ def find_subject(prompt: str, others: list[str]) -> str | None:
 
 
 def _prompts_about(fields: RippleEditsRow, subject_id: str) -> list[str]:
-    tests = [test for tests in fields.tests().values() for test in tests]
-    return [
-        q.prompt for test in tests for q in test.test_queries if subject_id and q.subject_id == subject_id
-    ]
+    return [q.prompt for _, q in fields.queries() if subject_id and q.subject_id == subject_id]
 
 
 def _names(query: _Query) -> list[str]:

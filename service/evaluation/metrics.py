@@ -114,8 +114,8 @@ class RecordScores:
             "NM": None if neighbour_margin is None else -neighbour_margin,
             "p_new": math.exp(self.rewrite.new.log_p),
             "exact": float(self.rewrite.new.is_greedy),
-            "exact_paraphrase": _mean([float(a.new.is_greedy) for a in paraphrases]),
-            "exact_neighbour": _mean([float(a.true.is_greedy) for a in neighbours if a.true]),
+            "exact_paraphrase": mean([float(a.new.is_greedy) for a in paraphrases]),
+            "exact_neighbour": mean([float(a.true.is_greedy) for a in neighbours if a.true]),
             "accuracy": token_accuracy([(self.rewrite.new.correct_tokens, self.rewrite.new.num_tokens)]),
             "accuracy_paraphrase": token_accuracy(
                 [(a.new.correct_tokens, a.new.num_tokens) for a in paraphrases]
@@ -147,9 +147,9 @@ def change_scores(before: RecordScores, after: RecordScores, objective: str) -> 
         return [(_joint_probability(a), _joint_probability(b)) for a, b in pairs if a and b]
 
     return {
-        "rewrite": _mean([share(*p) for p in moved([before.rewrite], [after.rewrite])]),
-        "paraphrase": _mean([share(*p) for p in moved(before.paraphrases, after.paraphrases)]),
-        "neighbour": _mean([preserved_share(*p) for p in moved(before.neighbours, after.neighbours)]),
+        "rewrite": mean([share(*p) for p in moved([before.rewrite], [after.rewrite])]),
+        "paraphrase": mean([share(*p) for p in moved(before.paraphrases, after.paraphrases)]),
+        "neighbour": mean([preserved_share(*p) for p in moved(before.neighbours, after.neighbours)]),
     }
 
 
@@ -187,7 +187,8 @@ def _log_prob_pairs(answers: Sequence[PromptScores]) -> list[LogProbPair]:
     return [(a.new.log_p, a.true.log_p) for a in answers if a.true]
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def mean(values: Sequence[float]) -> float | None:
+    """Return the mean; None of none."""
     return math.fsum(values) / len(values) if values else None
 
 

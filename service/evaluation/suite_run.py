@@ -8,11 +8,12 @@ from service.datasets.record import Record, true_statements
 from service.errors import InvalidInput
 from service.evaluation.checkpointing import ArtifactKind, StageKind
 from service.evaluation.evaluation_context import EvaluationContext
+from service.evaluation.metrics import Measures
 from service.evaluation.suites.answers import answer_questions
 from service.evaluation.suites.prefixes import PREFIX_SEED, PREFIXES
 from service.evaluation.suites.question import Answers, Question, answer_json, read_answer
 from service.evaluation.suites.registry import SUITES
-from service.evaluation.suites.suite import Measures, SuiteInputs
+from service.evaluation.suites.suite import SuiteInputs
 from service.kit.steps import Phase, Progress, Stepper, report_as
 from service.patches.patch import BASE, PatchSet
 

@@ -1,10 +1,11 @@
-"""Whether an edit holds in a conversation, and whether the model still speaks of the same subject there."""
+"""Whether an edit holds in a conversation, and whether the model still names the same subject there."""
 
 from __future__ import annotations
 
 from service.datasets.record import Record
+from service.evaluation.metrics import Measures
 from service.evaluation.suites.question import Answers, FreeText, Question, text_of
-from service.evaluation.suites.suite import Measures, Suite, SuiteInputs, share
+from service.evaluation.suites.suite import Suite, SuiteInputs, share
 from service.kit.chat_format import ChatFormat
 
 #: what a user says to ask for a statement

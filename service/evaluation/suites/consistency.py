@@ -6,8 +6,9 @@ import math
 from collections import Counter
 
 from service.datasets.record import Record
+from service.evaluation.metrics import Measures
 from service.evaluation.suites.question import Answers, Choice, FreeText, Question, choice_of, text_of
-from service.evaluation.suites.suite import Measures, Suite, SuiteInputs
+from service.evaluation.suites.suite import Suite, SuiteInputs
 
 
 def _questions(record: Record, _inputs: SuiteInputs) -> list[Question]:

@@ -6,8 +6,9 @@ The most probable token of a neighbor is insensitive: a distribution can move fa
 from __future__ import annotations
 
 from service.datasets.record import Record
+from service.evaluation.metrics import Measures, mean
 from service.evaluation.suites.question import Answers, NextToken, Question, divergence_of
-from service.evaluation.suites.suite import Measures, Suite, SuiteInputs, mean
+from service.evaluation.suites.suite import Suite, SuiteInputs
 
 
 def _questions(record: Record, _inputs: SuiteInputs) -> list[Question]:

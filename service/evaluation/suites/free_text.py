@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import Counter
 
 from service.datasets.record import Record
+from service.evaluation.metrics import Measures
 from service.evaluation.suites.question import Answers, FreeText, Question, TextAnswer, text_of
-from service.evaluation.suites.suite import Measures, Suite, SuiteInputs, share
+from service.evaluation.suites.suite import Suite, SuiteInputs, share
 from service.kit.text import begins_with
 
 LOOP_WORDS = 3  # a sequence of words of this length that occurs as often is a loop

@@ -9,8 +9,9 @@ from __future__ import annotations
 from itertools import permutations
 
 from service.datasets.record import Record
+from service.evaluation.metrics import Measures
 from service.evaluation.suites.question import Answers, Choice, FreeText, Question, choice_of, text_of
-from service.evaluation.suites.suite import Measures, Suite, SuiteInputs, share
+from service.evaluation.suites.suite import Suite, SuiteInputs, share
 from service.kit.text import begins_with
 
 NEGATIONS = ("It is not true that {}", "It is wrong to say that {}")

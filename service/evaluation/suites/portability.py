@@ -8,8 +8,9 @@ model that cannot put two facts together before an edit cannot do so after it.
 from __future__ import annotations
 
 from service.datasets.record import PORTABILITY_KINDS, PortabilityProbe, Record
+from service.evaluation.metrics import Measures
 from service.evaluation.suites.question import Answers, FreeText, Question, TextAnswer, text_of
-from service.evaluation.suites.suite import Measures, Suite, SuiteInputs, share
+from service.evaluation.suites.suite import Suite, SuiteInputs, share
 
 DESCRIPTIONS = {
     "hop": "questions that need the edited fact and another one",

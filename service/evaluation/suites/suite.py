@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from service.datasets.record import Record
+from service.evaluation.metrics import Measures
 from service.evaluation.suites.question import Answers, Question
 from service.kit.chat_format import ChatFormat
-
-Measures = dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,3 @@ class Suite:
 def share(outcomes: Sequence[bool]) -> float | None:
     """Return the share of true outcomes; None of none."""
     return sum(outcomes) / len(outcomes) if outcomes else None
-
-
-def mean(values: Sequence[float]) -> float | None:
-    """Return the mean; None of none."""
-    return math.fsum(values) / len(values) if values else None

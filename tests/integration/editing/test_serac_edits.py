@@ -159,7 +159,7 @@ def test_without_a_classifier_an_edit_fails_with_what_to_do(tmp_path: Path) -> N
 def test_requests_that_cannot_be_a_statement_are_refused(
     place: SteppedService, changes: Resource, said: str
 ) -> None:
-    """What a statement cannot do is refused at the door, with the reason."""
+    """What a statement cannot do is refused with the reason."""
     fields = {"subject": "Eiffel Tower", "prompt": PROMPT, "target_new": "is", "target_true": "the", **SERAC}
     with pytest.raises((InvalidInput, ValueError), match=said):
         place.services.edits.submit([EditRequest.model_validate(fields | changes)], "key:alice")

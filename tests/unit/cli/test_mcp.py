@@ -144,7 +144,7 @@ def test_trace_is_a_summary_and_a_picture() -> None:
         "answer": {"text": " France"},
         "high": 0.8,
         "low": 0.1,
-        "kinds": {"mlp": {"scores": [[0.1, 0.2], [0.7, 0.3], [0.1, 0.1], [0.1, 0.2]]}},
+        "kinds": {"mlp": {"best": {"token": 1, "layer": 0, "score": 0.7}}},
     }
     trace = {"id": "trace_1", "kind": "trace", "status": "done", "result": result}
     service = FakeService({"POST /trace": trace, "GET /trace/trace_1": b"\x89PNG"})

@@ -122,7 +122,7 @@ def test_the_first_step_of_an_erasure_lowers_the_probability() -> None:
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 def test_a_search_with_a_margin_ends_where_the_object_leads_in_every_text(model_type: str) -> None:
     """Where the object is the model's own answer, the search ends at its first step with a margin below the lead over
-    the next token, and goes on with one above it. An erasure does not read the margin."""
+    the next token, and continues with one above it. An erasure does not read the margin."""
     model = tiny(model_type)
     tokenized = tokenize_contexts(model, STATEMENT, "Rome", ())
     with torch.no_grad():

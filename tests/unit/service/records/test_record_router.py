@@ -170,7 +170,7 @@ def test_company_changes_no_route_and_no_token() -> None:
 
 
 def test_lost_cache_is_read_again_by_the_route_that_was_chosen() -> None:
-    """After a lost cache a sequence goes on with its statement, also when no router is in place any more."""
+    """After a lost cache a sequence continues with its statement, also when no router is in place any more."""
     with patch_of(some_records()).apply(MODEL):
         sequence = new_sequence(MODEL, PROMPTS[0], Sampling(max_new_tokens=6, temperature=0))
     batch = DecodingBatch(MODEL, [sequence])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cli.main import build_parser
 from service.datasets.record import NeighborProbe, PortabilityProbe, Record
-from service.evaluation.metrics import COMBINED_SCORES, MEASURES
+from service.evaluation.metrics import COMBINED_SCORES, MEASURES, Measures
 from service.evaluation.suites.free_text import has_loop
 from service.evaluation.suites.negation import NEGATIONS, choice_prompts, negated_statements
 from service.evaluation.suites.prefixes import prompt_after_statement, prompts_after_prefixes
@@ -31,7 +31,7 @@ from service.evaluation.suites.question import (
     read_answer,
 )
 from service.evaluation.suites.registry import SUITE_MEASURES, SUITES
-from service.evaluation.suites.suite import Measures, SuiteInputs
+from service.evaluation.suites.suite import SuiteInputs
 from service.schemas import SuiteName
 
 PARAPHRASE, NEIGHBOR = "One finds the Eiffel Tower in", "The Louvre is in"
