@@ -14,7 +14,7 @@ from service.datasets.user_records import has_conversation, validate_user_record
 from service.db.models import Model
 from service.jobs import artifacts
 from service.kit.text_encoder import TextEncoder
-from service.schemas import EvaluationRequest
+from service.schemas import EvaluationRequest, TrainingRequest
 
 
 class EvaluationService(JobResourceService):
@@ -23,12 +23,7 @@ class EvaluationService(JobResourceService):
     def new_job(self, request: EvaluationRequest, model: Model, encoder: TextEncoder, head: int) -> NewJob:
         request = request.model_copy(update={"records": self._render(request.records)})
         validate_evaluation(request, model, encoder)
-        count = None if request.records is None else len(request.records)
-        return NewJob(
-            request.model_dump(mode="json", exclude={"records"}) | {"records": count},
-            f"{request.method} on {request.dataset or f'{count} records'}",
-            {} if request.records is None else {artifacts.RECORDS: encode_list(request.records)},
-        )
+        return job_of_records(request)
 
     def _render(self, rows: list[Any] | None) -> list[Any] | None:
         """Return the records with the conversations of users' records rendered."""
@@ -47,7 +42,17 @@ def _render_row(renderer: ConversationRenderer, row: Any, place: int) -> dict[st
         return renderer.render_record(record).model_dump(mode="json")
 
 
-def encode_list(items: Sequence[Any]) -> bytes:
+def job_of_records(request: EvaluationRequest | TrainingRequest) -> NewJob:
+    """Return the job of a request with records, which are an artifact. Its row has their number."""
+    count = None if request.records is None else len(request.records)
+    return NewJob(
+        request.model_dump(mode="json", exclude={"records"}) | {"records": count},
+        f"{request.method} on {request.dataset or f'{count} records'}",
+        {} if request.records is None else {artifacts.RECORDS: _encode_list(request.records)},
+    )
+
+
+def _encode_list(items: Sequence[Any]) -> bytes:
     """Return a list as JSON. Each item is encoded alone: the encoder of the standard library holds the interpreter's
     lock for a whole text."""
     return b"[" + b", ".join(json.dumps(item).encode() for item in items) + b"]"

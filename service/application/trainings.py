@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from service.application.evaluations import encode_list
+from service.application.evaluations import job_of_records
 from service.application.job_resource import JobResourceService, NewJob
 from service.application.validation import validate_training
 from service.db.models import Model
-from service.jobs import artifacts
 from service.kit.text_encoder import TextEncoder
 from service.schemas import TrainingRequest
 
@@ -16,9 +15,4 @@ class TrainingService(JobResourceService):
 
     def new_job(self, request: TrainingRequest, model: Model, encoder: TextEncoder, head: int) -> NewJob:
         validate_training(request, model)
-        count = None if request.records is None else len(request.records)
-        return NewJob(
-            request.model_dump(mode="json", exclude={"records"}) | {"records": count},
-            f"{request.method} on {request.dataset or f'{count} records'}",
-            {} if request.records is None else {artifacts.RECORDS: encode_list(request.records)},
-        )
+        return job_of_records(request)
